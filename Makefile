@@ -1,0 +1,37 @@
+# `make demo` and `make test` each work as the first command on a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test proof clean
+.DELETE_ON_ERROR:
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Train a classifier on digits with and without adversarial training, evaluate both, put both into one report.
+demo: .venv/installed
+	rm -rf runs/demo
+	$(BIN)/python train.py adv=none name=clean-trained run_dir=runs/demo/clean-trained
+	$(BIN)/python train.py adv=pgd name=adversarially-trained run_dir=runs/demo/adversarially-trained
+	$(BIN)/python -m ares_lightning.evaluation.report runs/demo --output runs/demo/report.html --figure docs/demo.png
+
+# Lint, types, and every claim on a reduced grid.
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not proof'
+
+# The full grids.
+proof: test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m proof
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,445 @@
+"""The frame that every attack shares: its two calls, the working set, and the verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, overload
+
+import torch
+from torch import Tensor
+
+from ares_lightning.attacks.guard import Model, guarded
+from ares_lightning.attacks.losses import LOSSES, Loss
+from ares_lightning.attacks.noise import sample_noise
+from ares_lightning.attacks.threat import BALLS, Ball, Threat, parse_budget
+
+DEFAULT_EPS = {"linf": 4 / 255, "l2": 2.0, "l1": 75.0}
+"""The usual ImageNet budgets: ARES-Bench (arXiv 2302.14301) for L-inf, AdvXL (arXiv 2401.04727) for L2, L1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What an attack found out about N samples.
+
+    images: [N, C, H, W], the adversarial example found, the clean image where none was.
+    broken: bool [N], the prediction for `images`, taken in eval mode at the images' precision, is wrong (or is
+        the target). A sample that is misclassified from the start is broken at distance 0 by no pass.
+    distance: float64 [N], norm of `images` − clean.
+    forwards, backwards: int64 [N], passes whose results the attack used for each sample, without the one
+        clean and the one verdict forward.
+    clean_prediction, adversarial_prediction: int64 [N], the classes predicted for the clean image and for `images`.
+    """
+
+    images: Tensor
+    broken: Tensor
+    distance: Tensor
+    forwards: Tensor
+    backwards: Tensor
+    clean_prediction: Tensor
+    adversarial_prediction: Tensor
+
+
+class Search:
+    """The working set of one attack run: which samples are left, and what was spent on them.
+
+    `clean`, `labels` and `targets` hold the samples still in the set. With feedback, a sample leaves the set at
+    the forward pass that shows it broken; without (crafting), all stay and nothing waits for the device.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        clean: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        sample_ids: Sequence[int],
+        noise_key: tuple[object, ...],
+        loss: Loss,
+        feedback: bool,
+    ) -> None:
+        self.clean, self.labels, self.targets = clean, labels, targets
+        self.feedback = feedback
+        self.images = clean.clone()
+        self.forwards = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
+        self.backwards = torch.zeros_like(self.forwards)
+        self._model, self._loss = model, loss
+        self._sample_ids, self._noise_key = sample_ids, noise_key
+        self._index = torch.arange(len(clean), device=clean.device)
+        self._num_forwards = self._num_backwards = self._num_draws = 0
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def noise(self, kind: str, shape: tuple[int, ...]) -> Tensor:
+        """Draw fresh per-sample random numbers, "uniform" in [-1, 1) or "normal", [N, *shape]."""
+        self._num_draws += 1
+        ids = self._sample_ids
+        if len(self) < len(ids):
+            ids = [ids[i] for i in self._index.tolist()]
+        return sample_noise(kind, (*self._noise_key, self._num_draws), ids, shape, self.clean)
+
+    def gradient(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (images, gradient of the loss) for the samples that remain after one forward and one backward.
+
+        The loss is to be raised: for targeted attacks its sign is turned. Both tensors are empty when the last
+        sample has broken. Raises ValueError where the model gives no gradient with respect to its input.
+        """
+        images = images.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self._forward(images)
+            if self.targets is None:
+                loss = self._loss(logits, self.labels)
+            else:
+                loss = -self._loss(logits, self.targets)
+            total = loss.sum()
+        if loss.shape != (len(images),):
+            raise ValueError(f"the loss has shape {list(loss.shape)}; expected one value a sample, [{len(images)}]")
+        kept = self._leave(logits, images) if self.feedback else None
+        if not len(self):
+            return images.detach()[:0], images.detach()[:0]
+        gradient = torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
+        if gradient is None:
+            raise ValueError(
+                "the model gives no gradient with respect to its input; "
+                "use an attack that needs none (see list_attacks())"
+            )
+        self._num_backwards += 1
+        gradient = gradient.nan_to_num(nan=0.0)
+        images = images.detach()
+        return (images, gradient) if kept is None else (images[kept], gradient[kept])
+
+    def check(self, images: Tensor) -> None:
+        """Spend one forward to let the samples that `images` break leave the working set."""
+        self._leave(self._forward(images), images)
+
+    def finish(self, images: Tensor) -> None:
+        """Hand in the last iterates of the samples that remain; the verdict is taken on them."""
+        self._record(self._index, images)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        logits = self._model(images)
+        _check_logits(logits, self.labels, self.targets)
+        self._num_forwards += 1
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def _leave(self, logits: Tensor, images: Tensor) -> Tensor | None:
+        """Drop the broken samples; return the positions of the others, None where nothing was broken."""
+        broken = is_broken(logits.argmax(1), self.labels, self.targets)
+        kept = (~broken).nonzero().squeeze(1)
+        if len(kept) == len(self):
+            return None
+        self._record(self._index[broken], images.detach()[broken])
+        self._index, self.clean, self.labels = self._index[kept], self.clean[kept], self.labels[kept]
+        if self.targets is not None:
+            self.targets = self.targets[kept]
+        return kept
+
+    def _record(self, index: Tensor, images: Tensor) -> None:
+        self.images[index] = images
+        self.forwards[index] = self._num_forwards
+        self.backwards[index] = self._num_backwards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """A budget attack: the same frozen object serves verdicts (`attack(…)`) and crafting (`attack.craft(…)`).
+
+    norm: `linf`, `l2` or `l1`.
+    eps: budget in units of the [0, 1] scale, a number or text such as "4/255"; None takes the usual ImageNet
+        budget of the norm (L-inf 4/255, L2 2.0, L1 75).
+
+    Raises ValueError for a setting that makes no sense, with the key and its value.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
+    targeted: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = True
+    paper: ClassVar[str]
+
+    norm: str = "linf"
+    eps: float | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm not in self.norms:
+            raise ValueError(f"norm={self.norm}: {self.name} knows {', '.join(self.norms)}")
+        eps = DEFAULT_EPS[self.norm] if self.eps is None else parse_budget(self.eps)
+        object.__setattr__(self, "eps", eps)
+
+    @property
+    def threat(self) -> Threat:
+        """The threat model: norm and budget."""
+        return Threat(self.norm, float(self.eps))  # type: ignore[arg-type]
+
+    @property
+    def ball(self) -> Ball:
+        """The geometry of the norm."""
+        return BALLS[self.norm]
+
+    def replace(self, **changes: Any) -> Self:
+        """Return the attack with some settings changed."""
+        return dataclasses.replace(self, **changes)
+
+    @abstractmethod
+    def _run(self, search: Search) -> None:
+        """Look for adversarial examples and hand the last iterates in by `search.finish`."""
+
+    def _loss(self) -> Loss:
+        return LOSSES["ce"]
+
+    @overload
+    def __call__(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        victim: Mapping[str, Model],
+        sample_ids: Tensor | Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> dict[str, Outcome]: ...
+
+    @overload
+    def __call__(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        victim: Model | None = None,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Outcome: ...
+
+    def __call__(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        victim: Model | Mapping[str, Model] | None = None,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Outcome | dict[str, Outcome]:
+        """Find out which samples the attack breaks.
+
+        model: maps images [N, C, H, W] in [0, 1] to logits [N, classes]; it comes back as it was.
+        images: float32 or float64 in [0, 1]; labels: int64 [N].
+        targets: int64 [N] makes the attack targeted: only a prediction of the target counts.
+        victim: a model, or models by name: craft on `model` without feedback, once, and take the verdict on
+            each victim; with names the result is one Outcome a name.
+        sample_ids: [N] integers from which, with `seed`, all randomness of a sample follows; default 0 … N−1.
+
+        Raises ValueError for images outside [0, 1], non-finite, or of another shape or dtype, for labels and
+        targets out of range, and for targets equal to labels.
+        """
+        images, labels, targets, ids = _checked(images, labels, targets, sample_ids)
+        if labels.ndim != 1:
+            raise ValueError(f"labels have shape {list(labels.shape)}; a verdict needs class labels [N]")
+        _check_values(images, labels, targets)
+        if victim is not None:
+            crafted = self._craft(model, images, labels, targets, ids, seed, self._loss())
+            if isinstance(victim, Mapping):
+                return {
+                    name: _transfer_verdict(v, crafted, images, labels, targets, self.ball)
+                    for name, v in victim.items()
+                }
+            return _transfer_verdict(victim, crafted, images, labels, targets, self.ball)
+        with guarded(model, images.device):
+            clean_prediction = _predict(model, images, labels, targets)
+            attacked = (~is_broken(clean_prediction, labels, targets)).nonzero().squeeze(1)
+            search = self._search(
+                model,
+                images[attacked],
+                labels[attacked],
+                None if targets is None else targets[attacked],
+                [ids[i] for i in attacked.tolist()],
+                seed,
+                self._loss(),
+                feedback=True,
+            )
+            if len(attacked):
+                self._run(search)
+            return _verdict(model, search, attacked, images, labels, targets, clean_prediction, self.ball)
+
+    def craft(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        loss: Loss | None = None,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Make an adversarial example of every sample and return the last iterates, [N, C, H, W].
+
+        For training and transfer: one run (no restarts), nobody is dropped, no verdict is taken, and the loop
+        never waits for the device. Arguments as in the call, besides:
+        labels: int64 [N], or soft labels [N, classes] where the loss takes them.
+        loss: another loss to raise, `(logits [N, classes], labels) -> [N]`.
+
+        Raises ValueError as the call does; the values of tensors that lie on an accelerator are not read.
+        """
+        images, labels, targets, ids = _checked(images, labels, targets, sample_ids)
+        if images.device.type == "cpu":
+            _check_values(images, labels, targets)
+        return self._craft(model, images, labels, targets, ids, seed, loss or self._loss()).images
+
+    def _craft(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        ids: Sequence[int],
+        seed: int,
+        loss: Loss,
+    ) -> Search:
+        with guarded(model, images.device):
+            search = self._search(model, images, labels, targets, ids, seed, loss, feedback=False)
+            if len(images):
+                self._run(search)
+            return search
+
+    def _search(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        ids: Sequence[int],
+        seed: int,
+        loss: Loss,
+        feedback: bool,
+    ) -> Search:
+        return Search(model, images, labels, targets, ids, (seed, self.name), loss, feedback)
+
+
+def is_broken(prediction: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """Return bool [N]: the prediction is wrong, or, where targets are given, is the target."""
+    return prediction != labels if targets is None else prediction == targets
+
+
+def check_count(key: str, value: object) -> None:
+    """Raise ValueError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key}={value}: expected a whole number of at least 1")
+
+
+def _checked(
+    images: Tensor, labels: Tensor, targets: Tensor | None, sample_ids: Tensor | Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor | None, Sequence[int]]:
+    """Return the arguments as plain tensors that autograd may save, after looking at their types and shapes."""
+    if images.ndim != 4:
+        raise ValueError(f"images have shape {list(images.shape)}; expected [N, C, H, W]")
+    if images.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"images are {images.dtype}; expected float32 or float64 in [0, 1]")
+    if labels.ndim not in (1, 2) or len(labels) != len(images):
+        raise ValueError(f"labels have shape {list(labels.shape)}; expected [{len(images)}] for as many images")
+    if labels.ndim == 1 and labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}; expected int64")
+    if targets is not None and (targets.shape != (len(images),) or targets.dtype != torch.int64):
+        raise ValueError(f"targets are {targets.dtype} {list(targets.shape)}; expected int64 [{len(images)}]")
+    ids = range(len(images)) if sample_ids is None else sample_ids
+    ids = [int(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+    if len(ids) != len(images):
+        raise ValueError(f"sample_ids hold {len(ids)} entries; expected {len(images)}, one an image")
+    with torch.inference_mode(False):
+        images = images.detach().clone()
+        labels = labels.detach().to(images.device, copy=True)
+        targets = None if targets is None else targets.detach().to(images.device, copy=True)
+    return images, labels, targets, ids
+
+
+def _check_values(images: Tensor, labels: Tensor, targets: Tensor | None) -> None:
+    if not len(images):
+        return
+    low, high = torch.stack(torch.aminmax(images)).tolist()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"images lie in [{low:.6g}, {high:.6g}]; expected finite values in [0, 1]")
+    if targets is not None and labels.ndim == 1 and bool((targets == labels).any()):
+        raise ValueError("targets equal the labels of some samples; expected another class for each")
+    for name, classes in (("labels", labels), ("targets", targets)):
+        if classes is not None and classes.ndim == 1 and int(classes.min()) < 0:
+            raise ValueError(f"{name} hold {int(classes.min())}; expected classes from 0 on")
+
+
+def _check_logits(logits: Tensor, labels: Tensor, targets: Tensor | None) -> None:
+    """Hold the model's output and the labels to each other; values are read on the CPU only, where it is free."""
+    if logits.ndim != 2 or len(logits) != len(labels):
+        raise ValueError(f"the model returned shape {list(logits.shape)}; expected logits [{len(labels)}, classes]")
+    if labels.ndim == 2 and labels.shape != logits.shape:
+        raise ValueError(f"soft labels have shape {list(labels.shape)}; the logits {list(logits.shape)}")
+    if logits.device.type == "cpu":
+        _check_classes(logits, labels, targets)
+
+
+def _check_classes(logits: Tensor, labels: Tensor, targets: Tensor | None) -> None:
+    for name, classes in (("labels", labels), ("targets", targets)):
+        if classes is not None and classes.ndim == 1 and int(classes.max()) >= logits.shape[1]:
+            raise ValueError(f"{name} hold {int(classes.max())}; the model has {logits.shape[1]} classes")
+
+
+def _predict(model: Model, images: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """Return the predicted classes [N] at the images' own precision, whatever autocast is on around."""
+    if not len(images):
+        return torch.empty(0, dtype=torch.int64, device=images.device)
+    with torch.autocast(images.device.type, enabled=False):
+        logits = model(images)
+    _check_logits(logits, labels, targets)
+    _check_classes(logits, labels, targets)
+    return logits.argmax(1)
+
+
+def _verdict(
+    model: Model,
+    search: Search,
+    attacked: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    clean_prediction: Tensor,
+    ball: Ball,
+) -> Outcome:
+    """Predict the images found for `attacked` once more; where they break nothing, the clean image is the result.
+
+    `search` covers either the attacked samples or all N (images crafted for other models to judge).
+    """
+    everyone = len(search.images) == len(images)
+    found = search.images[attacked] if everyone else search.images
+    attacked_labels, attacked_targets = labels[attacked], None if targets is None else targets[attacked]
+    prediction = _predict(model, found, attacked_labels, attacked_targets)
+    broken = is_broken(prediction, attacked_labels, attacked_targets)
+    adversarial, adversarial_prediction = images.clone(), clean_prediction.clone()
+    adversarial[attacked[broken]] = found[broken]
+    adversarial_prediction[attacked[broken]] = prediction[broken]
+    spent = slice(None) if everyone else attacked
+    forwards, backwards = torch.zeros_like(clean_prediction), torch.zeros_like(clean_prediction)
+    forwards[spent], backwards[spent] = search.forwards, search.backwards
+    return Outcome(
+        images=adversarial,
+        broken=is_broken(adversarial_prediction, labels, targets),
+        distance=ball.distance(adversarial, images),
+        forwards=forwards,
+        backwards=backwards,
+        clean_prediction=clean_prediction,
+        adversarial_prediction=adversarial_prediction,
+    )
+
+
+def _transfer_verdict(
+    victim: Model, crafted: Search, images: Tensor, labels: Tensor, targets: Tensor | None, ball: Ball
+) -> Outcome:
+    with guarded(victim, images.device):
+        clean_prediction = _predict(victim, images, labels, targets)
+        attacked = (~is_broken(clean_prediction, labels, targets)).nonzero().squeeze(1)
+        return _verdict(victim, crafted, attacked, images, labels, targets, clean_prediction, ball)

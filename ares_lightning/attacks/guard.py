@@ -1,0 +1,39 @@
+"""What an attack does to the caller's model while it runs, and undoes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Model = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def guarded(model: Model, device: torch.device) -> Iterator[None]:
+    """Put a model into eval mode with frozen parameters; on leaving, also after an error, it is as it was.
+
+    Restored are the training flag of every sub-module, `requires_grad` of every parameter and the random
+    state of the CPU and of `device`. `.grad` is never written, since attacks differentiate with respect to
+    the image only. Gradients are off inside, except where an attack asks for them, and an outer
+    `torch.inference_mode` is lifted. Frozen parameters also spare compiled networks the weight gradients
+    and transformers a third of the saved activations.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [(module, module.training) for module in modules]
+    trainable = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    devices = [device] if device.type == "cuda" else []
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
+        try:
+            if isinstance(model, nn.Module) and any(training for _, training in modes):
+                model.eval()
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter in trainable:
+                parameter.requires_grad_(True)

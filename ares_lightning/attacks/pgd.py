@@ -1,0 +1,125 @@
+"""Attacks that follow the input gradient: FGSM, BIM and PGD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ares_lightning.attacks.attack import Attack, Search, check_count
+from ares_lightning.attacks.losses import LOSSES, Loss
+from ares_lightning.attacks.threat import parse_budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GradientAttack(Attack):
+    """loss: `ce` (cross-entropy) or `margin` (largest other logit minus the label's)."""
+
+    kind: ClassVar[str] = "white-box"
+
+    loss: str = "ce"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss={self.loss}: expected one of {', '.join(LOSSES)}")
+
+    def _loss(self) -> Loss:
+        return LOSSES[self.loss]
+
+    def _climb(self, search: Search, images: Tensor, steps: int, step_size: float) -> Tensor:
+        """Take steepest steps and project after each: `steps` forwards and backwards; return the last iterates."""
+        for _ in range(steps):
+            images, gradient = search.gradient(images)
+            if not len(search):
+                break
+            images = images + self.ball.steepest_step(images, gradient, step_size)
+            images = self.ball.project(images, search.clean, self.threat.eps)
+        return images
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM(_GradientAttack):
+    """Fast gradient sign method: one steepest step of length eps from the clean image (1F + 1B).
+
+    Goodfellow et al. 2015, arXiv 1412.6572, section 4; for L2 and L1 the steepest step of that norm.
+    """
+
+    name: ClassVar[str] = "fgsm"
+    paper: ClassVar[str] = "arXiv 1412.6572"
+
+    def _run(self, search: Search) -> None:
+        search.finish(self._climb(search, search.clean, 1, self.threat.eps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BIM(_GradientAttack):
+    """Basic iterative method: FGSM in small steps from the clean image (k F + k B); any iterate counts.
+
+    steps: k, 20 as in ARES-Bench.
+    step_size: length of a step in the norm, a number or text such as "1/255"; None takes the larger of eps / 4
+        (ARES-Bench, arXiv 2302.14301: 1/255 at 4/255) and 2.5 · eps / steps (Madry et al., arXiv 1706.06083, whose
+        few steps can so reach any point of the ball).
+
+    Kurakin et al. 2017, arXiv 1607.02533, section 2.2.
+    """
+
+    name: ClassVar[str] = "bim"
+    paper: ClassVar[str] = "arXiv 1607.02533"
+
+    steps: int = 20
+    step_size: float | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("steps", self.steps)
+        if self.step_size is not None:
+            object.__setattr__(self, "step_size", parse_budget(self.step_size, "step_size"))
+
+    def step_length(self) -> float:
+        """Return the length of a step: `step_size`, or what its None stands for."""
+        if self.step_size is not None:
+            return float(self.step_size)
+        return max(1 / 4, 2.5 / self.steps) * self.threat.eps
+
+    def _run(self, search: Search) -> None:
+        search.finish(self._climb(search, search.clean, self.steps, self.step_length()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD(BIM):
+    """Projected gradient descent: BIM from a random point of the ball (k F + k B a restart).
+
+    random_start: begin at a uniform point of ball ∩ box rather than at the clean image.
+    restarts: runs from new random points for the samples not yet broken; the last iterates of each run but the
+        final one cost one forward more to judge, so that R restarts cost R·k F + (R − 1) F + R·k B.
+        `craft` makes one run.
+
+    Madry et al. 2018, arXiv 1706.06083, section 2.1.
+    """
+
+    name: ClassVar[str] = "pgd"
+    paper: ClassVar[str] = "arXiv 1706.06083"
+
+    random_start: bool = True
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("restarts", self.restarts)
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts={self.restarts}: without random_start every run would be the same")
+
+    def _run(self, search: Search) -> None:
+        restarts = self.restarts if search.feedback else 1
+        for restart in range(restarts):
+            images = search.clean
+            if self.random_start:
+                images = self.ball.uniform(search.clean, self.threat.eps, search.noise)
+            images = self._climb(search, images, self.steps, self.step_length())
+            if restart + 1 < restarts and len(search):
+                search.check(images)
+            if not len(search):
+                return
+        search.finish(images)

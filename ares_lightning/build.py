@@ -1,0 +1,246 @@
+"""The one place where a composed config becomes objects, and where bad values become clear errors."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ares_lightning.attacks import Attack, Threat, make_attack, parse_budget
+from ares_lightning.attacks.threat import BALLS
+from ares_lightning.data import RobustDataModule, select_subset
+from ares_lightning.evaluation.evaluators import (
+    AttackEvaluator,
+    CleanEvaluator,
+    CurveEvaluator,
+    Evaluator,
+    curve_budgets,
+)
+from ares_lightning.evaluation.run import Evaluation
+from ares_lightning.models import make_classifier
+from ares_lightning.training import AdversarialTraining, Objective, RobustTraining, StandardTraining
+from ares_lightning.training.optim import OptimSettings
+from ares_lightning.training.progress import TrainingProgress
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message is one line with the key, the value and the remedy."""
+
+
+@contextmanager
+def section(prefix: str) -> Iterator[None]:
+    """Turn a ValueError `key=value: …` raised inside into a ConfigError `prefix.key=value: …`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{prefix}.{error}") from error
+
+
+def build_threat(cfg: DictConfig) -> Threat:
+    """Build the threat model of `threat`."""
+    if cfg.threat.norm not in BALLS:
+        raise ConfigError(f"threat.norm={cfg.threat.norm}: expected one of {', '.join(BALLS)}")
+    with section("threat"):
+        return Threat(cfg.threat.norm, parse_budget(cfg.threat.eps))
+
+
+def build_data(cfg: DictConfig) -> RobustDataModule:
+    """Build the data module of `data`; the data are looked at, not yet decoded."""
+    settings = {key: value for key, value in _plain(cfg.data).items() if key not in _DATA_FACTS}
+    try:
+        return RobustDataModule(**settings, seed=cfg.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+_DATA_FACTS = ("mean", "std", "threat", "epochs")
+"""Keys of `data` that the model, the threat model and the trainer take."""
+
+
+def build_classifier(cfg: DictConfig, data: RobustDataModule) -> nn.Module:
+    """Build the network of `model`, fitted to the data, with random weights."""
+    facts = _plain(cfg.data)
+    with section("model"):
+        return make_classifier(
+            cfg.model.name,
+            in_chans=facts["in_chans"],
+            num_classes=data.num_classes,
+            img_size=facts["img_size"],
+            mean=facts["mean"],
+            std=facts["std"],
+            **_plain(cfg.model.settings),
+        )
+
+
+def build_objective(cfg: DictConfig) -> Objective:
+    """Build the training objective of `adv`."""
+    settings = {key: value for key, value in _plain(cfg.adv).items() if key != "val_steps"}
+    if settings["name"] == "none":
+        return StandardTraining()
+    with section("adv"):
+        return AdversarialTraining(make_attack(**settings), seed=cfg.seed)
+
+
+def build_module(cfg: DictConfig, data: RobustDataModule) -> RobustTraining:
+    """Build the LightningModule with its network, objective, optimizer settings and validation attack."""
+    with section("optim"):
+        optim = OptimSettings(**_plain(cfg.optim))
+    threat = build_threat(cfg)
+    with section("adv"):
+        try:
+            val_attack = make_attack("pgd", norm=threat.norm, eps=threat.eps, steps=cfg.adv.val_steps)
+        except ValueError as error:
+            raise ValueError(f"val_{error}") from error
+    smoothing = cfg.aug.label_smoothing
+    if not 0 <= smoothing < 1:
+        raise ConfigError(f"aug.label_smoothing={smoothing}: expected a number from 0 to below 1")
+    return RobustTraining(
+        build_classifier(cfg, data),
+        num_classes=data.num_classes,
+        objective=build_objective(cfg),
+        optim=optim,
+        val_attack=val_attack,
+        label_smoothing=smoothing,
+        seed=cfg.seed,
+        config=_plain(cfg),
+    )
+
+
+def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
+    """Build the Lightning Trainer with its callbacks and loggers; writes nothing yet."""
+    settings = _plain(cfg.trainer)
+    debugging = bool(settings["fast_dev_run"])
+    try:
+        return L.Trainer(
+            **settings,
+            callbacks=_callbacks(cfg, run_dir, checkpoints=not debugging),
+            logger=False if debugging else _loggers(cfg, run_dir),
+            default_root_dir=run_dir,
+            gradient_clip_val=cfg.optim.clip_grad_norm,
+            inference_mode=False,  # a network may cache tensors in validation that a later attack differentiates
+            use_distributed_sampler=False,  # the data module shards by itself, without duplicates
+            enable_progress_bar=cfg.callbacks.progress,
+            enable_model_summary=False,
+            log_every_n_steps=1 if debugging else 50,
+        )
+    except (ValueError, TypeError, RuntimeError, L.fabric.utilities.exceptions.MisconfigurationException) as error:
+        raise ConfigError(f"trainer: {_one_line(error)}") from error
+
+
+def _callbacks(cfg: DictConfig, run_dir: Path, checkpoints: bool) -> list[Callback]:
+    callbacks: list[Callback] = [TrainingProgress()] if cfg.callbacks.progress else []
+    if checkpoints:
+        callbacks.append(
+            ModelCheckpoint(
+                dirpath=run_dir / "checkpoints",
+                filename="best",
+                monitor=cfg.callbacks.checkpoint.monitor,
+                mode=cfg.callbacks.checkpoint.mode,
+                save_last=True,
+                enable_version_counter=False,
+            )
+        )
+    for name, settings in _plain(cfg.get("trick") or {}).items():
+        if name not in _TRICKS:
+            raise ConfigError(f"trick.{name}: expected one of {', '.join(_TRICKS)}")
+        with section(f"trick.{name}"):
+            callbacks.append(_TRICKS[name](cfg, settings))
+    return callbacks
+
+
+def _early_stopping(cfg: DictConfig, settings: dict[str, Any]) -> Callback:
+    checkpoint = cfg.callbacks.checkpoint
+    return EarlyStopping(checkpoint.monitor, mode=checkpoint.mode, patience=settings["patience"])
+
+
+_TRICKS = {"early_stopping": _early_stopping}
+
+
+def _loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
+    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
+    if cfg.logger.name == "tensorboard":
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "logger=tensorboard: TensorBoard is not installed; pip install ares-lightning[tensorboard]"
+            )
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+    elif cfg.logger.name == "wandb":
+        settings = {key: value for key, value in _plain(cfg.logger).items() if key != "name"}
+        loggers.append(WandbLogger(save_dir=run_dir, name=cfg.name, config=_plain(cfg), **settings))
+    elif cfg.logger.name != "csv":
+        raise ConfigError(f"logger.name={cfg.logger.name}: expected csv, tensorboard or wandb")
+    return loggers
+
+
+def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
+    """Build what `eval` asks, on the test images that `subset` names."""
+    try:
+        dataset = select_subset(data.test_set, cfg.subset)
+        return Evaluation(
+            evaluators=build_evaluators(cfg),
+            threat=build_threat(cfg),
+            dataset=dataset,
+            loader=data.evaluation_loader,
+            subset=cfg.subset,
+            precision=cfg.precision,
+            seed=cfg.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_evaluators(cfg: DictConfig) -> Sequence[Evaluator]:
+    """Build the evaluators of `eval`, in the order in which they are named."""
+    evaluators: list[Evaluator] = []
+    for name, settings in _plain(cfg.get("eval") or {}).items():
+        kind = settings["type"]
+        if kind == "clean":
+            evaluators.append(CleanEvaluator(name))
+        elif kind == "attack":
+            evaluators.append(AttackEvaluator(name, _attack(f"eval.{name}.attack", settings["attack"])))
+        elif kind == "curve":
+            attack = _attack(f"eval.{name}.attack", settings["attack"])
+            with section(f"eval.{name}"):
+                given = None if settings["eps"] is None else [parse_budget(eps) for eps in settings["eps"]]
+                evaluators.append(CurveEvaluator(name, attack, curve_budgets(attack.threat.eps, given)))
+        else:
+            raise ConfigError(f"eval.{name}.type={kind}: expected clean, attack or curve")
+    return evaluators
+
+
+def _attack(key: str, settings: dict[str, Any]) -> Attack:
+    with section(key):
+        return make_attack(**settings)
+
+
+def build_device(name: str) -> torch.device:
+    """Return the device called `auto`, `cpu`, `cuda` or `cuda:<i>`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name}: {_one_line(error)}; expected auto, cpu, cuda or cuda:<i>") from error
+    return device
+
+
+def _plain(cfg: Any) -> dict[str, Any]:
+    """Return a config node as plain containers, interpolations resolved."""
+    content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True) if OmegaConf.is_config(cfg) else cfg
+    return {str(key): value for key, value in content.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

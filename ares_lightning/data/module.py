@@ -1,0 +1,115 @@
+"""The data of a run: three sets and their loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from ares_lightning.data.datasets import ImageSet, load_image_sets
+from ares_lightning.data.loading import Batch, ShardedSampler, collate
+
+
+class RobustDataModule(L.LightningDataModule):
+    """Training, validation and test set of one data set, as batches of uint8 images in canonical sample ids.
+
+    `train_set`, `val_set` and `test_set` are there after construction, and so are mistakes: folders are
+    scanned and one image is decoded; the rest is decoded when it is asked for. `batch_size` and
+    `eval_batch_size` count the images of one rank. `num_val` training images are held out as `val_set` to
+    choose checkpoints by; the test set never is. `split_seed` draws the splits, `seed` the training order
+    and the augmentation. `num_classes` is taken from the data.
+
+    Raises ValueError naming the key, its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str | Path | None = None,
+        img_size: int,
+        in_chans: int,
+        num_classes: int | None = None,
+        batch_size: int,
+        eval_batch_size: int,
+        num_workers: int,
+        num_val: int,
+        split_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_at_least(
+            1, img_size=img_size, batch_size=batch_size, eval_batch_size=eval_batch_size, num_val=num_val
+        )
+        _check_at_least(0, num_workers=num_workers)
+        if in_chans not in (1, 3):
+            raise ValueError(f"data.in_chans={in_chans}: must be 1 (grey) or 3 (RGB)")
+        self.train_set, self.val_set, self.test_set = load_image_sets(
+            name, root, img_size=img_size, in_chans=in_chans, num_val=num_val, split_seed=split_seed, seed=seed
+        )
+        self.classes = self.train_set.classes
+        self.num_classes = len(self.classes)
+        if num_classes not in (None, self.num_classes):
+            raise ValueError(
+                f"data.num_classes={num_classes}: {name} has {self.num_classes} classes here; "
+                f"set data.num_classes={self.num_classes} or null"
+            )
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.seed = seed
+        self.train_set[0]  # an image of another size than the model's is better found now
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Load this rank's share of the training set, augmented, in an order that changes with the epoch."""
+        sampler = self._sampler(self.train_set, shuffle=True)
+        return self._loader(self.train_set, sampler, self.batch_size, drop_last=len(sampler) > self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Load this rank's share of the validation set, each sample on one rank only."""
+        sampler = self._sampler(self.val_set, shuffle=False)
+        return self._loader(self.val_set, sampler, self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Load this rank's share of the test set, each sample on one rank only."""
+        return self._loader(self.test_set, self._sampler(self.test_set, shuffle=False), self.eval_batch_size)
+
+    def evaluation_loader(
+        self, dataset: ImageSet, *, skip: Collection[int] = (), batch_size: int | None = None
+    ) -> DataLoader[Any]:
+        """Load all of `dataset` on this process, in canonical order, without the sample ids in `skip`."""
+        done = set(skip)
+        positions = [i for i, sample_id in enumerate(dataset.sample_ids.tolist()) if sample_id not in done]
+        return self._loader(dataset, positions, batch_size or self.eval_batch_size)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move images and labels; sample ids stay on the CPU, where attacks key their noise by them."""
+        images, labels, sample_ids = batch
+        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True), sample_ids
+
+    def _sampler(self, dataset: ImageSet, *, shuffle: bool) -> ShardedSampler:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return ShardedSampler(len(dataset), shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size)
+
+    def _loader(
+        self, dataset: ImageSet, sampler: Iterable[Any], batch_size: int, drop_last: bool = False
+    ) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            drop_last=drop_last,
+            pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # else each new iterator would draw from the global random state
+        )
+
+
+def _check_at_least(minimum: int, **values: int) -> None:
+    for key, value in values.items():
+        if type(value) is not int or value < minimum:
+            raise ValueError(f"data.{key}={value}: must be a whole number, {minimum} or more")

@@ -1,0 +1,1 @@
+"""Robustness evaluation: evaluators, the verdict of every sample, what follows from them, and the report."""

@@ -1,0 +1,77 @@
+"""What follows from the verdicts: accuracies with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from ares_lightning.attacks import Threat
+
+WORST_CASE = "worst_case"
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Return the Wilson score interval of a share, 95 % by default (Wilson 1927, equation 1)."""
+    if n == 0:
+        return 0.0, 1.0
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def summarise(
+    verdicts: pd.DataFrame, evaluators: Sequence[str], threat: Threat, subset: str | None
+) -> list[dict[str, Any]]:
+    """Return one row an accuracy: of every evaluator and budget, then the per-sample worst case.
+
+    Misclassified clean images count as not robust. The worst case, evaluator `worst_case`, is over every
+    adversarial example of the threat model's norm that was found within its budget by any evaluator; it is the
+    number to report.
+    """
+    rows = []
+    order = {name: place for place, name in enumerate(evaluators)}
+    keys = verdicts[["evaluator", "attack", "eps"]].drop_duplicates().itertuples(index=False, name=None)
+    for evaluator, attack, eps in sorted(keys, key=lambda key: (order[key[0]], key[2])):
+        columns = verdicts["evaluator"], verdicts["attack"], verdicts["eps"]
+        group = verdicts[(columns[0] == evaluator) & (columns[1] == attack) & (columns[2] == eps)]
+        norm = group["norm"].iloc[0]
+        metric = "clean_accuracy" if attack == "none" else "robust_accuracy"
+        rows.append(_row(evaluator, metric, ~group["broken"], group, subset, attack, norm, eps))
+    within = verdicts[(verdicts["norm"] == threat.norm) & (verdicts["eps"] <= threat.eps * (1 + 1e-9))]
+    if len(within[within["eps"] > 0]) or (threat.eps == 0 and len(within)):
+        robust = ~within.groupby("sample_id")["broken"].any()
+        rows.append(_row(WORST_CASE, "robust_accuracy", robust, within, subset, None, threat.norm, threat.eps))
+    return rows
+
+
+def _row(
+    evaluator: str,
+    metric: str,
+    right: pd.Series[bool],
+    group: pd.DataFrame,
+    subset: str | None,
+    attack: str | None,
+    norm: str | None,
+    eps: float,
+) -> dict[str, Any]:
+    n, successes = len(right), int(right.sum())
+    low, high = wilson_interval(successes, n)
+    return {
+        "evaluator": evaluator,
+        "metric": metric,
+        "value": successes / n,
+        "n": n,
+        "low": low,
+        "high": high,
+        "set": group["set"].iloc[0],
+        "subset": subset,
+        "attack": attack,
+        "norm": norm if isinstance(norm, str) else None,
+        "eps": float(eps),
+        "seed": int(group["seed"].iloc[0]),
+        "precision": group["precision"].iloc[0],
+    }

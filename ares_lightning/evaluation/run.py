@@ -1,0 +1,224 @@
+"""One evaluation: every evaluator on every sample, each verdict written once, the summary at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from ares_lightning.attacks import Threat
+from ares_lightning.evaluation.evaluators import AttackEvaluator, Evaluator, Verdicts
+from ares_lightning.evaluation.metrics import summarise
+from ares_lightning.evaluation.verdicts import Ledger
+
+PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
+NUM_EXAMPLES = 8
+
+
+class EvaluationSet(Protocol):
+    """What an evaluation needs to know of a set of images."""
+
+    name: str
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def sample_name(self, sample_id: int) -> str:
+        """Return the name of a sample."""
+
+
+class LoaderFactory(Protocol):
+    """Makes a loader over a set, leaving out samples that are already decided."""
+
+    def __call__(self, dataset: Any, *, skip: Sequence[int]) -> Any:
+        """Return an iterable of (images uint8, labels, sample_ids)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is asked of a model, and under which conditions.
+
+    evaluators: asked in this order; threat: the threat model of the headline; precision: `fp32` or `fp64`;
+    seed: of all noise; subset: how `dataset` was chosen from its set, for the record.
+    """
+
+    evaluators: Sequence[Evaluator]
+    threat: Threat
+    dataset: EvaluationSet
+    loader: LoaderFactory
+    subset: str | None = None
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision}: expected one of {', '.join(PRECISIONS)}")
+
+    def fingerprint(self, net: nn.Module) -> str:
+        """Return a hash of the model, the set and every question: equal for the same evaluation."""
+        parts = [evaluator.fingerprint(self.seed, self.precision) for evaluator in self.evaluators]
+        parts += [model_fingerprint(net), self.dataset.name, str(self.subset), str(self.threat)]
+        return hashlib.blake2b(" ".join(parts).encode(), digest_size=6).hexdigest()
+
+    def run(self, net: nn.Module, run_dir: Path, device: torch.device) -> list[dict[str, Any]]:
+        """Take the verdicts that `run_dir` does not hold yet, and return the summary rows.
+
+        Writes `verdicts/`, `examples.npz` and `summary.json`. A run that was stopped goes on where it was.
+        Raises ValueError where the folder holds verdicts of another model.
+        """
+        fingerprint = model_fingerprint(net)
+        ledger = Ledger(run_dir / "verdicts")
+        known = ledger.read()
+        others = set(known["model_fingerprint"]) - {fingerprint}
+        if others:
+            raise ValueError(
+                f"run_dir={run_dir}: holds verdicts of another model ({others.pop()}, this one is {fingerprint}); "
+                "give another run_dir"
+            )
+        net = net.to(device=device, dtype=PRECISIONS[self.precision])
+        examples = _Examples(self.dataset.classes)
+        with _progress() as progress:
+            for evaluator in self.evaluators:
+                self._ask(evaluator, net, ledger, known, examples, progress, device, fingerprint)
+        examples.write(run_dir / "examples.npz")
+        current = {evaluator.fingerprint(self.seed, self.precision) for evaluator in self.evaluators}
+        verdicts = ledger.read()
+        verdicts = verdicts[verdicts["evaluator_fingerprint"].isin(current)]
+        summary = summarise(verdicts, [e.name for e in self.evaluators], self.threat, self.subset)
+        write_json(run_dir / "summary.json", summary)
+        return summary
+
+    def _ask(
+        self,
+        evaluator: Evaluator,
+        net: nn.Module,
+        ledger: Ledger,
+        known: pd.DataFrame,
+        examples: _Examples,
+        progress: Progress,
+        device: torch.device,
+        fingerprint: str,
+    ) -> None:
+        """Put one evaluator's verdicts on the undecided samples into the ledger, a part a batch."""
+        own = evaluator.fingerprint(self.seed, self.precision)
+        decided = known[(known["evaluator_fingerprint"] == own) & (known["set"] == self.dataset.name)]
+        task = progress.add_task(
+            evaluator.name, total=len(self.dataset), completed=decided["sample_id"].nunique(), accuracy=""
+        )
+        robust = seen = 0
+        for images, labels, sample_ids in self.loader(self.dataset, skip=decided["sample_id"].unique().tolist()):
+            pixels = images.to(device).to(PRECISIONS[self.precision]).div_(255)
+            answers = list(evaluator.verdicts(net, pixels, labels.to(device), sample_ids, self.seed))
+            rows = [self._rows(evaluator, own, fingerprint, answer, labels, sample_ids) for answer in answers]
+            ledger.append(pd.concat(rows, ignore_index=True))
+            if isinstance(evaluator, AttackEvaluator) and evaluator.attack.needs_gradients:
+                examples.add(answers[-1], pixels, labels, [self.dataset.sample_name(int(i)) for i in sample_ids])
+            robust += int((~answers[-1].outcome.broken).sum())
+            seen += len(images)
+            progress.update(task, advance=len(images), accuracy=f"{robust / seen:.1%}")
+
+    def _rows(
+        self,
+        evaluator: Evaluator,
+        own: str,
+        model: str,
+        answer: Verdicts,
+        labels: Tensor,
+        sample_ids: Tensor,
+    ) -> pd.DataFrame:
+        outcome = answer.outcome
+        return pd.DataFrame(
+            {
+                "evaluator": evaluator.name,
+                "evaluator_fingerprint": own,
+                "model_fingerprint": model,
+                "set": self.dataset.name,
+                "sample_id": sample_ids.numpy(),
+                "sample_name": [self.dataset.sample_name(int(i)) for i in sample_ids],
+                "label": labels.numpy(),
+                "clean_prediction": outcome.clean_prediction.cpu().numpy(),
+                "adversarial_prediction": outcome.adversarial_prediction.cpu().numpy(),
+                "attack": answer.attack,
+                "norm": answer.norm,
+                "eps": answer.eps,
+                "seed": self.seed,
+                "precision": self.precision,
+                "broken": outcome.broken.cpu().numpy(),
+                "distance": outcome.distance.cpu().numpy(),
+                "forwards": outcome.forwards.cpu().numpy(),
+                "backwards": outcome.backwards.cpu().numpy(),
+            }
+        )
+
+
+class _Examples:
+    """A few adversarial examples for the report: the first one found of each class."""
+
+    def __init__(self, classes: tuple[str, ...]) -> None:
+        self.classes = classes
+        self._found: dict[int, dict[str, Any]] = {}
+        self._of: Verdicts | None = None
+
+    def add(self, verdicts: Verdicts, clean: Tensor, labels: Tensor, names: Sequence[str]) -> None:
+        if self._of is None:
+            self._of = verdicts
+        if (verdicts.attack, verdicts.norm, verdicts.eps) != (self._of.attack, self._of.norm, self._of.eps):
+            return
+        outcome = verdicts.outcome
+        for place in (outcome.broken & (outcome.distance > 0)).nonzero().squeeze(1).tolist():
+            label = int(labels[place])
+            if len(self._found) < NUM_EXAMPLES and label not in self._found:
+                self._found[label] = {
+                    "clean": clean[place].float().cpu().numpy(),
+                    "adversarial": outcome.images[place].float().cpu().numpy(),
+                    "label": label,
+                    "clean_prediction": int(outcome.clean_prediction[place]),
+                    "adversarial_prediction": int(outcome.adversarial_prediction[place]),
+                    "sample_name": names[place],
+                }
+
+    def write(self, path: Path) -> None:
+        if self._of is None or not self._found:
+            return
+        examples = [self._found[label] for label in sorted(self._found)]
+        columns = {key: np.stack([np.asarray(example[key]) for example in examples]) for key in examples[0]}
+        scalars = {"attack": self._of.attack, "norm": self._of.norm, "eps": self._of.eps}
+        with open(path, "wb") as file:
+            np.savez(file, **columns, **scalars, classes=np.asarray(self.classes))  # type: ignore[arg-type]
+
+
+def model_fingerprint(net: nn.Module) -> str:
+    """Return a hash of a network's weights and structure, the same on every device."""
+    digest = hashlib.blake2b(repr(net).encode(), digest_size=8)
+    for name, value in net.state_dict().items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Sequence[Mapping[str, Any]]) -> None:
+    """Write JSON so that the file is there as a whole or not at all."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("accuracy {task.fields[accuracy]}"),
+        TimeRemainingColumn(),
+    )

@@ -1,0 +1,205 @@
+"""The two programs: compose a config, check it, make the run folder, do the work, say where the report lies."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from ares_lightning.build import (
+    ConfigError,
+    build_classifier,
+    build_data,
+    build_device,
+    build_evaluation,
+    build_module,
+    build_trainer,
+)
+from ares_lightning.evaluation.report import write_report
+from ares_lightning.models import CheckpointError, load_network, read_checkpoint
+
+PACKAGE = Path(__file__).parent
+CONFIG_DIR = next((path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()), PACKAGE)
+"""The shipped configs: inside an installed package, beside it in a checkout."""
+
+Metrics = dict[str, float]
+
+
+def train(cfg: DictConfig) -> Metrics:
+    """Train as `conf/train.yaml` says, evaluate the best checkpoint, write the report; return the metrics."""
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = build_data(cfg)
+    module = build_module(cfg, data)
+    evaluation = build_evaluation(cfg, data)
+    run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / cfg.name / _training_id())
+    resume = _resume_from(cfg.resume, run_dir)
+    if resume is None and _is_main_process() and (run_dir / "config.yaml").exists():
+        raise ConfigError(f"run_dir={run_dir}: already holds a run; give resume=last to go on, or another run_dir")
+    trainer = build_trainer(cfg, run_dir)
+    if _is_main_process():
+        _write_config(cfg, run_dir)
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if not trainer.is_global_zero:
+        return metrics
+    best = run_dir / "checkpoints" / "best.ckpt"
+    if best.exists():
+        load_network(module.net, read_checkpoint(best)["state_dict"], best)
+    if evaluation.evaluators:
+        metrics |= _evaluate(evaluation, module.net, run_dir, module.device)
+    for logger in trainer.loggers:
+        logger.finalize("success")
+    return metrics
+
+
+def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
+    """Evaluate a checkpoint as `conf/evaluate.yaml` says and write the report; return the metrics.
+
+    overrides: what the command line set; model, data and threat come from the checkpoint where it is silent.
+    """
+    if cfg.ckpt is None:
+        raise ConfigError("ckpt=null: expected a checkpoint or a run folder, such as ckpt=runs/<name>/<run id>")
+    path = _checkpoint_in(Path(cfg.ckpt))
+    checkpoint = read_checkpoint(path)
+    _adopt(cfg, OmegaConf.create(checkpoint["config"]), overrides)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    device = build_device(cfg.device)
+    data = build_data(cfg)
+    net = build_classifier(cfg, data)
+    evaluation = build_evaluation(cfg, data)
+    load_network(net, checkpoint["state_dict"], path)
+    run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / cfg.name / evaluation.fingerprint(net))
+    _write_config(cfg, run_dir)
+    return _evaluate(evaluation, net, run_dir, device)
+
+
+def _evaluate(evaluation: Any, net: torch.nn.Module, run_dir: Path, device: torch.device) -> Metrics:
+    num_classes = len(evaluation.dataset.labels.unique())
+    if num_classes < len(evaluation.dataset.classes):
+        print(
+            f"subset={evaluation.subset}: holds images of {num_classes} of {len(evaluation.dataset.classes)} classes; "
+            "random:n@seed draws from all"
+        )
+    try:
+        summary = evaluation.run(net, run_dir, device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    report = write_report([run_dir], run_dir / "report.html")
+    for row in summary:
+        if row["evaluator"] != "curve":
+            budget = "" if row["norm"] is None else f" ({row['norm']} {row['eps']:.4g})"
+            print(
+                f"{row['evaluator']:>12}: {row['metric'].replace('_', ' ')}{budget} {row['value']:.1%} "
+                f"[{row['low']:.1%}, {row['high']:.1%}], n = {row['n']}"
+            )
+    print(f"report: {report}")
+    return {f"{row['evaluator']}/{row['metric']}": row["value"] for row in summary if row["evaluator"] != "curve"}
+
+
+def train_main() -> None:
+    """Run `python train.py` and `ares-train`."""
+    _main("train", train)
+
+
+def evaluate_main() -> None:
+    """Run `python evaluate.py` and `ares-evaluate`."""
+    _main("evaluate", lambda cfg: evaluate(cfg, tuple(HydraConfig.get().overrides.task)))
+
+
+def _main(config_name: str, work: Callable[[DictConfig], Metrics]) -> None:
+    """Run `work` under Hydra; a user's mistake becomes one line on stderr and exit code 1."""
+    full_error = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that composition errors reach us instead of being printed
+
+    def task(cfg: DictConfig) -> None:
+        try:
+            work(cfg)
+        except (ConfigError, CheckpointError, OmegaConfBaseException) as error:
+            if full_error:
+                raise
+            sys.exit(_complaint(error))
+        except KeyboardInterrupt:
+            print("interrupted; what was decided is kept", file=sys.stderr)
+            sys.exit(130)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        if full_error:
+            raise
+        sys.exit(_complaint(error))
+
+
+def _complaint(error: Exception) -> str:
+    """Return the one line that tells what is wrong; Hydra puts the reason into the innermost cause."""
+    line = " ".join(str(error).split())
+    return f"error: {line}"
+
+
+def _write_config(cfg: DictConfig, run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir}: cannot be written: {error.strerror}") from error
+
+
+def _training_id() -> str:
+    """Return RUN_ID, else the SLURM job id, else the time; processes started from here inherit it as RUN_ID."""
+    run_id = os.environ.get("RUN_ID") or os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+    os.environ["RUN_ID"] = run_id
+    return run_id
+
+
+def _is_main_process() -> bool:
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return all(rank == "0" for rank in ranks)
+
+
+def _resume_from(resume: str | None, run_dir: Path) -> Path | None:
+    if resume is None:
+        return None
+    path = run_dir / "checkpoints" / "last.ckpt" if resume == "last" else Path(resume)
+    if not path.is_file():
+        raise ConfigError(f"resume={resume}: no such checkpoint: {path}; give run_dir=<the run to go on with>")
+    read_checkpoint(path)
+    return path
+
+
+def _checkpoint_in(path: Path) -> Path:
+    """Return the checkpoint at `path`: the file itself, or the best (else the last) of a run folder."""
+    if not path.is_dir():
+        return path
+    for name in ("best.ckpt", "last.ckpt"):
+        if (path / "checkpoints" / name).is_file():
+            return path / "checkpoints" / name
+    raise ConfigError(f"ckpt={path}: is a folder without checkpoints/best.ckpt or checkpoints/last.ckpt")
+
+
+def _adopt(cfg: DictConfig, saved: DictConfig, overrides: tuple[str, ...]) -> None:
+    """Take model, data, threat and name from the checkpoint's config, except what the command line sets."""
+    given = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    with open_dict(cfg):
+        for key in ("model", "data", "threat"):
+            if key in given:
+                continue
+            own = {dotted: OmegaConf.select(cfg, dotted) for dotted in given if dotted.startswith(f"{key}.")}
+            if key == "threat" and "data" in given:
+                continue
+            cfg[key] = saved[key]
+            for dotted, value in own.items():
+                OmegaConf.update(cfg, dotted, value)
+        cfg.name = cfg.name or saved.name
