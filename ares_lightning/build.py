@@ -151,7 +151,7 @@ def _callbacks(cfg: DictConfig, run_dir: Path, checkpoints: bool) -> list[Callba
                 enable_version_counter=False,
             )
         )
-    for name, settings in _plain(cfg.get("trick") or {}).items():
+    for name, settings in _plain(cfg.get("trick")).items():
         if name not in _TRICKS:
             raise ConfigError(f"trick.{name}: expected one of {', '.join(_TRICKS)}")
         with section(f"trick.{name}"):
@@ -203,7 +203,7 @@ def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
 def build_evaluators(cfg: DictConfig) -> Sequence[Evaluator]:
     """Build the evaluators of `eval`, in the order in which they are named."""
     evaluators: list[Evaluator] = []
-    for name, settings in _plain(cfg.get("eval") or {}).items():
+    for name, settings in _plain(cfg.get("eval")).items():
         kind = settings["type"]
         if kind == "clean":
             evaluators.append(CleanEvaluator(name))
@@ -237,8 +237,8 @@ def build_device(name: str) -> torch.device:
 
 
 def _plain(cfg: Any) -> dict[str, Any]:
-    """Return a config node as plain containers, interpolations resolved."""
-    content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True) if OmegaConf.is_config(cfg) else cfg
+    """Return a config node as plain containers, interpolations resolved; no node is an empty one."""
+    content: Any = {} if cfg is None else OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     return {str(key): value for key, value in content.items()}
 
 

@@ -87,12 +87,9 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
 
 
 def _evaluate(evaluation: Any, net: torch.nn.Module, run_dir: Path, device: torch.device) -> Metrics:
-    num_classes = len(evaluation.dataset.labels.unique())
-    if num_classes < len(evaluation.dataset.classes):
-        print(
-            f"subset={evaluation.subset}: holds images of {num_classes} of {len(evaluation.dataset.classes)} classes; "
-            "random:n@seed draws from all"
-        )
+    covered, classes = len(evaluation.dataset.labels.unique()), len(evaluation.dataset.classes)
+    if covered < classes:
+        print(f"subset={evaluation.subset}: holds {covered} of {classes} classes; random:n@seed draws from all")
     try:
         summary = evaluation.run(net, run_dir, device)
     except ValueError as error:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ares_lightning.attacks import Threat
+from ares_lightning.data import Batch, ImageSet
 from ares_lightning.evaluation.evaluators import AttackEvaluator, Evaluator, Verdicts
 from ares_lightning.evaluation.metrics import summarise
 from ares_lightning.evaluation.verdicts import Ledger
@@ -25,38 +26,19 @@ PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 NUM_EXAMPLES = 8
 
 
-class EvaluationSet(Protocol):
-    """What an evaluation needs to know of a set of images."""
-
-    name: str
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-
-    def sample_name(self, sample_id: int) -> str:
-        """Return the name of a sample."""
-
-
-class LoaderFactory(Protocol):
-    """Makes a loader over a set, leaving out samples that are already decided."""
-
-    def __call__(self, dataset: Any, *, skip: Sequence[int]) -> Any:
-        """Return an iterable of (images uint8, labels, sample_ids)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What is asked of a model, and under which conditions.
 
     evaluators: asked in this order; threat: the threat model of the headline; precision: `fp32` or `fp64`;
-    seed: of all noise; subset: how `dataset` was chosen from its set, for the record.
+    seed: of all noise; dataset: the images; subset: how they were chosen from their set, for the record; loader:
+    makes batches of them in canonical order, `loader(dataset, skip=<sample ids>)`.
     """
 
     evaluators: Sequence[Evaluator]
     threat: Threat
-    dataset: EvaluationSet
-    loader: LoaderFactory
+    dataset: ImageSet
+    loader: Callable[..., Iterable[Batch]]
     subset: str | None = None
     precision: str = "fp32"
     seed: int = 0

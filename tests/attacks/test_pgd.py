@@ -74,7 +74,7 @@ def test_one_step_moves_the_margin_by_eps_times_the_dual_norm(norm):
 
 @pytest.mark.parametrize("norm", EPS)
 def test_an_iterate_fills_the_box_as_the_best_perturbation_does(norm):
-    """Where the box is active, no point of ball ∩ box lowers the margin of a linear model further than an iterate."""
+    """Where the box is active, no point of ball ∩ box lowers a linear margin further than an iterate."""
     net, _, _, _ = linear_case(2, norm)
     clean = torch.rand(16, 1, 4, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     labels = predicted(net, clean)

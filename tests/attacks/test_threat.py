@@ -34,7 +34,7 @@ def allowed(norm: str, eps: float, dtype: torch.dtype) -> float:
 
 
 def farthest_along(direction: np.ndarray, norm: str, clean: np.ndarray, eps: float) -> float:
-    """The largest `direction · (z − clean)` over ball ∩ box: a linear programme; for L2 bisection on the multiplier."""
+    """The largest `direction · (z − clean)` over ball ∩ box: by linear programming; L2 by bisection."""
     room = np.where(direction > 0, 1 - clean, clean)
     slope = np.abs(direction)
     if norm == "l2":
