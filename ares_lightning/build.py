@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,39 @@ def section(prefix: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise ConfigError(f"{prefix}.{error}") from error
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        raise ConfigError(f"{prefix}.{unknown[1]}: no such key; {_HOW_TO_LIST_KEYS}") from error
+
+
+_HOW_TO_LIST_KEYS = "--cfg job prints all keys"
+
+_GROUPS = (
+    "data",
+    "model",
+    "adv",
+    "trick",
+    "aug",
+    "optim",
+    "trainer",
+    "eval",
+    "attack",
+    "logger",
+    "callbacks",
+    "launch",
+)
+_SINGLE_KEYS = ("threat", "name", "seed", "run_dir", "ckpt", "resume", "subset", "precision", "device")
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Raise ConfigError for a top-level key that nothing reads, and for a seed that is none."""
+    for key in map(str, cfg):
+        if key not in _GROUPS + _SINGLE_KEYS:
+            raise ConfigError(f"{key}: no such key; {_HOW_TO_LIST_KEYS}")
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        raise ConfigError(f"seed={cfg.seed}: expected a whole number from 0 to 4294967295")
 
 
 def build_threat(cfg: DictConfig) -> Threat:
@@ -58,10 +92,11 @@ def build_threat(cfg: DictConfig) -> Threat:
 def build_data(cfg: DictConfig) -> RobustDataModule:
     """Build the data module of `data`; the data are looked at, not yet decoded."""
     settings = {key: value for key, value in _plain(cfg.data).items() if key not in _DATA_FACTS}
-    try:
-        return RobustDataModule(**settings, seed=cfg.seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    with section("data"):
+        try:
+            return RobustDataModule(**settings, seed=cfg.seed)
+        except ValueError as error:  # names its key in full
+            raise ConfigError(str(error)) from error
 
 
 _DATA_FACTS = ("mean", "std", "threat", "epochs")
@@ -132,7 +167,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
             use_distributed_sampler=False,  # the data module shards by itself, without duplicates
             enable_progress_bar=cfg.callbacks.progress,
             enable_model_summary=False,
-            log_every_n_steps=1 if debugging else 50,
+            log_every_n_steps=1,  # only epoch means are logged
         )
     except (ValueError, TypeError, RuntimeError, L.fabric.utilities.exceptions.MisconfigurationException) as error:
         raise ConfigError(f"trainer: {_one_line(error)}") from error

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ares_lightning.build import (
     ConfigError,
@@ -25,7 +28,9 @@ from ares_lightning.build import (
     build_evaluation,
     build_module,
     build_trainer,
+    check_keys,
 )
+from ares_lightning.data import ImageError
 from ares_lightning.evaluation.report import write_report
 from ares_lightning.models import CheckpointError, load_network, read_checkpoint
 
@@ -35,9 +40,16 @@ CONFIG_DIR = next((path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") 
 
 Metrics = dict[str, float]
 
+_UNHELPFUL_WARNINGS = (
+    ".*Experiment logs directory .* exists and is not empty",  # config.yaml does; an old run was refused
+    ".*does not have many workers",  # the digits lie in memory
+    ".*LeafSpec.*is deprecated",  # Lightning's own call
+)
+
 
 def train(cfg: DictConfig) -> Metrics:
     """Train as `conf/train.yaml` says, evaluate the best checkpoint, write the report; return the metrics."""
+    check_keys(cfg)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build_data(cfg)
     module = build_module(cfg, data)
@@ -70,6 +82,7 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
 
     overrides: what the command line set; model, data and threat come from the checkpoint where it is silent.
     """
+    check_keys(cfg)
     if cfg.ckpt is None:
         raise ConfigError("ckpt=null: expected a checkpoint or a run folder, such as ckpt=runs/<name>/<run id>")
     path = _checkpoint_in(Path(cfg.ckpt))
@@ -118,15 +131,18 @@ def evaluate_main() -> None:
 
 def _main(config_name: str, work: Callable[[DictConfig], Metrics]) -> None:
     """Run `work` under Hydra; a user's mistake becomes one line on stderr and exit code 1."""
+    for message in _UNHELPFUL_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that composition errors reach us instead of being printed
 
     def task(cfg: DictConfig) -> None:
         try:
             work(cfg)
-        except (ConfigError, CheckpointError, OmegaConfBaseException) as error:
+        except (ConfigError, CheckpointError, ImageError, OmegaConfBaseException) as error:
             if full_error:
                 raise
+            traceback.clear_frames(error.__traceback__)  # lets go of loaders, whose workers would be waited for
             sys.exit(_complaint(error))
         except KeyboardInterrupt:
             print("interrupted; what was decided is kept", file=sys.stderr)
@@ -141,8 +157,13 @@ def _main(config_name: str, work: Callable[[DictConfig], Metrics]) -> None:
 
 
 def _complaint(error: Exception) -> str:
-    """Return the one line that tells what is wrong; Hydra puts the reason into the innermost cause."""
+    """Return the one line that tells what is wrong."""
     line = " ".join(str(error).split())
+    unknown = re.match(r"Could not override '([^']+)'", line)
+    if unknown:
+        line = f"{unknown[1]}: no such key; --cfg job prints all keys"
+    if isinstance(error, MissingMandatoryValue):
+        line = f"{error.full_key}: must be given"
     return f"error: {line}"
 
 

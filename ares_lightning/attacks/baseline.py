@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ares_lightning.attacks.attack import Attack, Search, check_count
+from ares_lightning.attacks.attack import Attack, check_count
+from ares_lightning.attacks.search import Search
 
 
 @dataclass(frozen=True, kw_only=True)

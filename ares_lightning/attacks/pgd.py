@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ares_lightning.attacks.attack import Attack, Search, check_count
+from ares_lightning.attacks.attack import Attack, check_count
 from ares_lightning.attacks.losses import LOSSES, Loss
+from ares_lightning.attacks.search import Search
 from ares_lightning.attacks.threat import parse_budget
 
 

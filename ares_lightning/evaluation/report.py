@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml  # type: ignore[import-untyped]
+import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image

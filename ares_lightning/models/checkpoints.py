@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's advice on the pickle protocol of foreign files
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) and "Unsupported" in str(error):
-            raise CheckpointError(
-                f"{path}: holds Python objects besides tensors and plain values, which could run code; "
-                "refused; save it anew as a plain state dict"
-            ) from error
         raise CheckpointError(
-            f"{path}: is not a PyTorch checkpoint of tensors and plain values; refused; "
-            "if it is one, it may be damaged or hold code"
+            f"{path}: refused: it holds Python objects besides tensors and plain values, which could run code, "
+            "or it is damaged; save it anew as a plain state dict"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: cannot be read, it may be truncated; copy or save it anew") from error

@@ -66,7 +66,7 @@ class RobustTraining(L.LightningModule):
         )
         loss, logs = self.objective.loss(self.net, images, adversarial, labels, self.global_step)
         logs = {f"train/{name}": value for name, value in {"loss": loss.detach(), **logs}.items()}
-        self.log_dict(logs, on_step=False, on_epoch=True, batch_size=len(images))
+        self.log_dict(logs, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Counting, Linear, SmallNet, predicted
+from networks import Counting, Linear, SmallNet, predicted
 
 from ares_lightning.attacks import list_attacks, make_attack
 from ares_lightning.attacks.threat import BALLS

@@ -1,0 +1,203 @@
+"""From verdicts to numbers: nothing is counted twice, lost, or counted as robust that is not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from ares_lightning.attacks import Threat, make_attack
+from ares_lightning.data import RobustDataModule, select_subset
+from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator, CurveEvaluator
+from ares_lightning.evaluation.metrics import summarise, wilson_interval
+from ares_lightning.evaluation.run import Evaluation, model_fingerprint
+from ares_lightning.evaluation.verdicts import SCHEMA, Ledger
+from ares_lightning.models import make_classifier
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data() -> RobustDataModule:
+    sizes = {"batch_size": 64, "eval_batch_size": 16, "num_workers": 0, "num_val": 180}
+    return RobustDataModule(name="digits", img_size=8, in_chans=1, **sizes)
+
+
+@pytest.fixture(scope="module")
+def net(data) -> torch.nn.Module:
+    """A network that has seen the digits for a moment, so that some are right and some break."""
+    torch.manual_seed(0)
+    net = make_classifier("cnn", in_chans=1, num_classes=10, img_size=8, mean=[0.3], std=[0.38], width=8)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(3):
+        for images, labels, _ids in data.train_dataloader():
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(images / 255), labels).backward()
+            optimizer.step()
+    return net.eval()
+
+
+def evaluation(data, subset="first:50", **changes) -> Evaluation:
+    attack = make_attack("pgd", eps=0.1, steps=4)
+    settings = {
+        "evaluators": [
+            CleanEvaluator("clean"),
+            AttackEvaluator("pgd4", attack),
+            CurveEvaluator("curve", attack, (0.05, 0.1, 0.2)),
+        ],
+        "threat": Threat("linf", 0.1),
+        "dataset": select_subset(data.test_set, subset),
+        "loader": data.evaluation_loader,
+        "subset": subset,
+        **changes,
+    }
+    return Evaluation(**settings)
+
+
+def of(summary, evaluator, eps=None):
+    rows = [row for row in summary if row["evaluator"] == evaluator and eps in (None, row["eps"])]
+    assert len(rows) == 1
+    return rows[0]
+
+
+def test_the_summary_follows_from_the_verdict_rows(data, net, tmp_path):
+    summary = evaluation(data).run(net, tmp_path, CPU)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    rows = pd.read_parquet(tmp_path / "verdicts")
+    assert list(rows.columns) == SCHEMA.names
+    assert len(rows) == 50 * (1 + 1 + 4)
+    key = ["evaluator_fingerprint", "model_fingerprint", "set", "sample_id", "attack", "eps"]
+    assert not rows.duplicated(key).any()
+    images = torch.stack([data.test_set[i][0] for i in range(50)])
+    labels = data.test_set.labels[:50]
+    with torch.no_grad():
+        right = net(images / 255).argmax(1) == labels
+    assert of(summary, "clean")["value"] == right.double().mean().item()
+    outcome = make_attack("pgd", eps=0.1, steps=4)(
+        net, images / 255, labels, sample_ids=data.test_set.sample_ids[:50], seed=0
+    )
+    assert of(summary, "pgd4")["value"] == 1 - outcome.broken.double().mean().item()
+    pgd = rows[rows["evaluator"] == "pgd4"].sort_values("sample_id")
+    np.testing.assert_array_equal(pgd["broken"], outcome.broken)
+    np.testing.assert_array_equal(pgd["forwards"], outcome.forwards)
+    assert 0 < of(summary, "pgd4")["value"] < of(summary, "clean")["value"]
+    assert pgd["sample_name"].str.fullmatch(r"digits/\d{5}").all()
+
+
+def test_the_curve_never_rises_and_starts_at_the_clean_accuracy(data, net, tmp_path):
+    summary = evaluation(data).run(net, tmp_path, CPU)
+    values = [row["value"] for row in summary if row["evaluator"] == "curve"]
+    assert [row["eps"] for row in summary if row["evaluator"] == "curve"] == [0, 0.05, 0.1, 0.2]
+    assert values == sorted(values, reverse=True)
+    assert values[0] == of(summary, "clean")["value"]
+    assert of(summary, "curve", 0.1)["value"] <= of(summary, "pgd4")["value"]
+    rows = pd.read_parquet(tmp_path / "verdicts")
+    curve = rows[rows["evaluator"] == "curve"]
+    assert (curve.loc[curve["broken"], "distance"] <= curve.loc[curve["broken"], "eps"] + 6e-8).all()
+    first_broken = curve[curve["broken"]].groupby("sample_id")["eps"].min()
+    later = curve[curve.apply(lambda row: row["eps"] > first_broken.get(row["sample_id"], 9), axis=1)]
+    assert (later["forwards"] == 0).all(), "a budget that is already decided costs nothing"
+
+
+def test_the_worst_case_is_taken_sample_by_sample():
+    rows = pd.DataFrame(
+        {
+            "evaluator": ["a", "a", "a", "b", "b", "b", "far", "far", "far"],
+            "attack": ["pgd"] * 6 + ["bim"] * 3,
+            "norm": "linf",
+            "eps": [0.1] * 3 + [0.05] * 3 + [0.2] * 3,
+            "sample_id": [0, 1, 2] * 3,
+            "broken": [True, False, False, False, True, False, True, True, True],
+            "set": "s",
+            "seed": 0,
+            "precision": "fp32",
+        }
+    )
+    summary = summarise(rows, ["a", "b", "far"], Threat("linf", 0.1), None)
+    worst = of(summary, "worst_case")
+    assert worst["value"] == pytest.approx(1 / 3)
+    assert (worst["n"], worst["eps"], worst["attack"]) == (3, 0.1, None)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (321, 360), (1, 1000)])
+def test_intervals_are_wilsons(successes, n):
+    expected = binomtest(successes, n).proportion_ci(method="wilson")
+    assert wilson_interval(successes, n) == pytest.approx((expected.low, expected.high))
+
+
+class StopError(Exception):
+    pass
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(data, net, tmp_path):
+    whole = evaluation(data).run(net, tmp_path / "whole", CPU)
+    expected = pd.read_parquet(tmp_path / "whole" / "verdicts")
+
+    def stopping(after):
+        def loader(dataset, *, skip):
+            for number, batch in enumerate(data.evaluation_loader(dataset, skip=skip)):
+                if number == after:
+                    raise StopError
+                yield batch
+
+        return loader
+
+    run_dir = tmp_path / "stopped"
+    for after in (0, 2, 1):
+        with pytest.raises(StopError):
+            evaluation(data, loader=stopping(after)).run(net, run_dir, CPU)
+        assert not (run_dir / "summary.json").exists()
+    assert evaluation(data).run(net, run_dir, CPU) == whole
+    rows = pd.read_parquet(run_dir / "verdicts")
+    order = ["evaluator", "eps", "sample_id"]
+    pd.testing.assert_frame_equal(
+        rows.sort_values(order, ignore_index=True), expected.sort_values(order, ignore_index=True)
+    )
+    parts = len(list((run_dir / "verdicts").iterdir()))
+    evaluation(data).run(net, run_dir, CPU)
+    assert len(list((run_dir / "verdicts").iterdir())) == parts, "a finished evaluation asks nothing again"
+
+
+def test_verdicts_of_another_model_are_refused(data, net, tmp_path):
+    evaluation(data, subset="first:5").run(net, tmp_path, CPU)
+    other = make_classifier("cnn", in_chans=1, num_classes=10, img_size=8, mean=[0.3], std=[0.38], width=8)
+    with pytest.raises(ValueError, match="holds verdicts of another model"):
+        evaluation(data, subset="first:5").run(other, tmp_path, CPU)
+
+
+def test_fingerprints_follow_what_decides_a_verdict(data, net):
+    base = evaluation(data)
+    assert base.fingerprint(net) == evaluation(data).fingerprint(net)
+    changed = [
+        evaluation(data, seed=1),
+        evaluation(data, precision="fp64"),
+        evaluation(data, subset="first:51"),
+        evaluation(data, evaluators=[AttackEvaluator("pgd4", make_attack("pgd", eps=0.1, steps=5))]),
+    ]
+    assert len({base.fingerprint(net), *(e.fingerprint(net) for e in changed)}) == 5
+    other = make_classifier("cnn", in_chans=1, num_classes=10, img_size=8, mean=[0.3], std=[0.38], width=8)
+    assert model_fingerprint(net) != model_fingerprint(other)
+
+
+def test_a_broken_part_is_named_and_the_others_are_kept(data, net, tmp_path):
+    evaluation(data, subset="first:5").run(net, tmp_path, CPU)
+    bad = tmp_path / "verdicts" / "part-00001.parquet"
+    bad.write_bytes(b"PAR1 nothing")
+    with pytest.raises(ValueError, match=r"part-00001\.parquet"):
+        Ledger(tmp_path / "verdicts").read()
+
+
+def test_examples_show_what_was_found(data, net, tmp_path):
+    evaluation(data).run(net, tmp_path, CPU)
+    with np.load(tmp_path / "examples.npz", allow_pickle=False) as examples:
+        assert str(examples["attack"]) == "pgd"
+        assert (examples["clean_prediction"] == examples["label"]).all()
+        assert (examples["adversarial_prediction"] != examples["label"]).all()
+        difference = np.abs(examples["adversarial"].astype(np.float64) - examples["clean"])
+        assert difference.max() <= 0.1 + 6e-8
+        assert (difference.reshape(len(difference), -1).max(1) > 0).all()
+        assert list(examples["classes"]) == [str(digit) for digit in range(10)]

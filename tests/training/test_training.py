@@ -1,0 +1,140 @@
+"""What a training step does, and what it costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import SmallNet
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ares_lightning.attacks import make_attack
+from ares_lightning.models import make_classifier
+from ares_lightning.training import AdversarialTraining, StandardTraining
+from ares_lightning.training.optim import OptimSettings
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up the floating point operations of every dispatched matrix product and convolution."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def flops_of(work) -> int:
+    with FlopCounter() as counter:
+        work()
+    return counter.flops
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("name", "attack_share"), [("vit_small_patch16_224", 2.15), ("resnet18", 2.0)])
+def test_a_pgd_training_step_does_no_wasted_work(name, attack_share, steps):
+    """(2k + 3) F in theory: k forwards and input gradients, then one forward and a full backward."""
+    facts = {"in_chans": 3, "num_classes": 10, "img_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}
+    net = make_classifier(name, **facts).train()
+    images, labels = torch.rand(1, 3, 224, 224), torch.tensor([3])
+    objective = AdversarialTraining(make_attack("pgd", steps=steps))
+
+    def step():
+        adversarial = objective.craft(net, images, labels, 0)
+        objective.loss(net, images, adversarial, labels, 0)[0].backward()
+
+    with torch.no_grad():
+        net.eval()
+        forward = flops_of(lambda: net(images))
+        net.train()
+    assert flops_of(step) <= (attack_share * steps + 3.1) * forward
+
+
+def test_adversarial_training_minimises_the_loss_on_what_its_attack_makes():
+    """Equal weights after 20 steps of the plain loop of the paper, given the same noise."""
+    attack = make_attack("pgd", eps=0.1, steps=2)
+    objective = AdversarialTraining(attack, seed=3)
+    ours, plain = SmallNet().double(), SmallNet().double()
+    plain.features[5].p = ours.features[5].p = 0.0
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in (ours, plain)]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        images = torch.rand(8, 3, 6, 5, generator=generator, dtype=torch.float64)
+        labels = torch.randint(10, (8,), generator=generator)
+        ids = torch.arange(8) + 8 * step
+        adversarial = objective.craft(ours, images, labels, step, epoch=1, sample_ids=ids)
+        loss, logs = objective.loss(ours, images, adversarial, labels, step)
+        optimizers[0].zero_grad()
+        loss.backward()
+        optimizers[0].step()
+
+        start = attack.replace(step_size=0.0).craft(plain, images, labels, sample_ids=ids, seed=3 * 1_000_000 + 1)
+        x = start
+        plain.eval()
+        for _ in range(2):
+            x = x.detach().requires_grad_()
+            F.cross_entropy(plain(x), labels).backward()
+            x = x + 0.125 * x.grad.sign()  # 2.5 eps / 2 steps
+            x = torch.max(torch.min(x, images + 0.1), images - 0.1).clamp(0, 1)
+        plain.train()
+        optimizers[1].zero_grad()
+        F.cross_entropy(plain(x.detach()), labels).backward()
+        optimizers[1].step()
+        assert 0 <= logs["robust_acc"] <= 1
+    for got, expected in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_noise_changes_with_the_epoch_and_not_with_the_batch():
+    objective = AdversarialTraining(make_attack("pgd", eps=0.1, steps=1, step_size=0.0))
+    net, images = SmallNet(), torch.rand(6, 3, 6, 5)
+    labels, ids = torch.zeros(6, dtype=torch.int64), torch.arange(6)
+    whole = objective.craft(net, images, labels, 0, epoch=2, sample_ids=ids)
+    half = objective.craft(net, images[3:], labels[3:], 9, epoch=2, sample_ids=ids[3:])
+    assert torch.equal(whole[3:], half)
+    assert not torch.equal(whole, objective.craft(net, images, labels, 0, epoch=3, sample_ids=ids))
+
+
+def test_crafting_leaves_no_gradient_for_the_optimizer():
+    net = SmallNet().train()
+    objective = AdversarialTraining(make_attack("pgd", steps=2))
+    objective.craft(net, torch.rand(4, 3, 6, 5), torch.zeros(4, dtype=torch.int64), 0)
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert net.training
+
+
+def test_standard_training_is_cross_entropy_on_the_clean_images():
+    net, images, labels = SmallNet().eval(), torch.rand(4, 3, 6, 5), torch.tensor([1, 2, 3, 4])
+    objective = StandardTraining()
+    assert objective.craft(net, images, labels, 0) is images
+    loss, logs = objective.loss(net, images, images, labels, 0)
+    torch.testing.assert_close(loss, F.cross_entropy(net(images), labels))
+    assert "clean_acc" in logs
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    settings = OptimSettings(name="sgd", lr=1.0, weight_decay=0.0, momentum=0.9, warmup_epochs=2, min_lr=0.1)
+    optimizer = settings.optimizer(SmallNet())
+    schedule = settings.scheduler(optimizer, steps=100, epochs=10)
+    rates = []
+    for step in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step_update(step + 1)
+    assert rates[0] == 0
+    assert rates[10] == pytest.approx(0.5)
+    assert max(rates) == pytest.approx(1.0, abs=0.1)
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"name": "adamm"}, "name=adamm"), ({"lr": -1}, "lr=-1"), ({"weight_decay": "x"}, "weight_decay=x")],
+)
+def test_optimizer_settings_that_make_no_sense_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        OptimSettings(**{"name": "adamw", "lr": 0.1, "weight_decay": 0.0, **change})
