@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import hydra
 import lightning as L
@@ -32,6 +32,8 @@ from ares_lightning.build import (
 )
 from ares_lightning.data import ImageError
 from ares_lightning.evaluation.report import write_report
+from ares_lightning.evaluation.run import Evaluation, model_fingerprint
+from ares_lightning.evaluation.verdicts import Ledger
 from ares_lightning.models import CheckpointError, load_network, read_checkpoint
 
 PACKAGE = Path(__file__).parent
@@ -61,9 +63,10 @@ def train(cfg: DictConfig) -> Metrics:
     trainer = build_trainer(cfg, run_dir)
     if _is_main_process():
         _write_config(cfg, run_dir)
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except SystemExit as error:  # how Lightning ends after Ctrl-C
+        raise KeyboardInterrupt(f"resume=last run_dir={run_dir} goes on from the last epoch") from error
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not trainer.is_global_zero:
         return metrics
@@ -95,12 +98,13 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
     evaluation = build_evaluation(cfg, data)
     load_network(net, checkpoint["state_dict"], path)
     run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / cfg.name / evaluation.fingerprint(net))
+    _check_evaluation_folder(run_dir, net)
     _write_config(cfg, run_dir)
     return _evaluate(evaluation, net, run_dir, device)
 
 
-def _evaluate(evaluation: Any, net: torch.nn.Module, run_dir: Path, device: torch.device) -> Metrics:
-    covered, classes = len(evaluation.dataset.labels.unique()), len(evaluation.dataset.classes)
+def _evaluate(evaluation: Evaluation, net: torch.nn.Module, run_dir: Path, device: torch.device) -> Metrics:
+    covered, classes = len(set(evaluation.dataset.labels.tolist())), len(evaluation.dataset.classes)
     if covered < classes:
         print(f"subset={evaluation.subset}: holds {covered} of {classes} classes; random:n@seed draws from all")
     try:
@@ -133,10 +137,12 @@ def _main(config_name: str, work: Callable[[DictConfig], Metrics]) -> None:
     """Run `work` under Hydra; a user's mistake becomes one line on stderr and exit code 1."""
     for message in _UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    full_error = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
+    wanted = os.environ.get("HYDRA_FULL_ERROR", "0")
+    full_error = wanted == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that composition errors reach us instead of being printed
 
     def task(cfg: DictConfig) -> None:
+        os.environ["HYDRA_FULL_ERROR"] = wanted
         try:
             work(cfg)
         except (ConfigError, CheckpointError, ImageError, OmegaConfBaseException) as error:
@@ -144,9 +150,9 @@ def _main(config_name: str, work: Callable[[DictConfig], Metrics]) -> None:
                 raise
             traceback.clear_frames(error.__traceback__)  # lets go of loaders, whose workers would be waited for
             sys.exit(_complaint(error))
-        except KeyboardInterrupt:
-            print("interrupted; what was decided is kept", file=sys.stderr)
-            sys.exit(130)
+        except KeyboardInterrupt as error:
+            print(f"interrupted: {error or 'the same command goes on where it stopped'}", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
@@ -154,6 +160,8 @@ def _main(config_name: str, work: Callable[[DictConfig], Metrics]) -> None:
         if full_error:
             raise
         sys.exit(_complaint(error))
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = wanted
 
 
 def _complaint(error: Exception) -> str:
@@ -173,6 +181,21 @@ def _write_config(cfg: DictConfig, run_dir: Path) -> None:
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir}: cannot be written: {error.strerror}") from error
+
+
+def _check_evaluation_folder(run_dir: Path, net: torch.nn.Module) -> None:
+    """Raise ConfigError where an evaluation would overwrite a training, or the evaluation of another model."""
+    if (run_dir / "checkpoints").exists():
+        raise ConfigError(f"run_dir={run_dir}: is the run folder of a training; give another run_dir")
+    own = model_fingerprint(net)
+    try:
+        others = set(Ledger(run_dir / "verdicts").read()["model_fingerprint"]) - {own}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if others:
+        raise ConfigError(
+            f"run_dir={run_dir}: holds verdicts of model {others.pop()}, this one is {own}; give another run_dir"
+        )
 
 
 def _training_id() -> str:

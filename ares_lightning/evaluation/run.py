@@ -56,18 +56,13 @@ class Evaluation:
     def run(self, net: nn.Module, run_dir: Path, device: torch.device) -> list[dict[str, Any]]:
         """Take the verdicts that `run_dir` does not hold yet, and return the summary rows.
 
-        Writes `verdicts/`, `examples.npz` and `summary.json`. A run that was stopped goes on where it was.
-        Raises ValueError where the folder holds verdicts of another model.
+        Writes `verdicts/`, `examples.npz` and `summary.json`. A run that was stopped goes on where it was;
+        verdicts of other models, as of an earlier stage of the same training, stay in the table and do not count.
         """
         fingerprint = model_fingerprint(net)
         ledger = Ledger(run_dir / "verdicts")
         known = ledger.read()
-        others = set(known["model_fingerprint"]) - {fingerprint}
-        if others:
-            raise ValueError(
-                f"run_dir={run_dir}: holds verdicts of another model ({others.pop()}, this one is {fingerprint}); "
-                "give another run_dir"
-            )
+        known = known[known["model_fingerprint"] == fingerprint]
         net = net.to(device=device, dtype=PRECISIONS[self.precision])
         examples = _Examples(self.dataset.classes)
         with _progress() as progress:
@@ -76,7 +71,8 @@ class Evaluation:
         examples.write(run_dir / "examples.npz")
         current = {evaluator.fingerprint(self.seed, self.precision) for evaluator in self.evaluators}
         verdicts = ledger.read()
-        verdicts = verdicts[verdicts["evaluator_fingerprint"].isin(current)]
+        mine = verdicts["evaluator_fingerprint"].isin(current) & (verdicts["model_fingerprint"] == fingerprint)
+        verdicts = verdicts[mine & (verdicts["set"] == self.dataset.name)]
         summary = summarise(verdicts, [e.name for e in self.evaluators], self.threat, self.subset)
         write_json(run_dir / "summary.json", summary)
         return summary

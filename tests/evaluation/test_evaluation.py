@@ -162,11 +162,12 @@ def test_a_stopped_evaluation_goes_on_where_it_was(data, net, tmp_path):
     assert len(list((run_dir / "verdicts").iterdir())) == parts, "a finished evaluation asks nothing again"
 
 
-def test_verdicts_of_another_model_are_refused(data, net, tmp_path):
-    evaluation(data, subset="first:5").run(net, tmp_path, CPU)
+def test_verdicts_of_another_model_do_not_count(data, net, tmp_path):
+    expected = evaluation(data, subset="first:20").run(net, tmp_path / "alone", CPU)
     other = make_classifier("cnn", in_chans=1, num_classes=10, img_size=8, mean=[0.3], std=[0.38], width=8)
-    with pytest.raises(ValueError, match="holds verdicts of another model"):
-        evaluation(data, subset="first:5").run(other, tmp_path, CPU)
+    evaluation(data, subset="first:20").run(other, tmp_path / "both", CPU)
+    assert evaluation(data, subset="first:20").run(net, tmp_path / "both", CPU) == expected
+    assert len(pd.read_parquet(tmp_path / "both" / "verdicts")) == 2 * 20 * 6
 
 
 def test_fingerprints_follow_what_decides_a_verdict(data, net):

@@ -1,0 +1,318 @@
+"""The two programs as a user runs them: the real configs, the real Trainer, real files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from sklearn.datasets import load_digits
+from wandb.proto.wandb_internal_pb2 import Record
+
+from ares_lightning import build
+from ares_lightning.launch import CONFIG_DIR, evaluate_main, train_main
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "subset=first:6"]
+QUICK += ["data.batch_size=16", "data.eval_batch_size=16"]
+GROUPS = ("adv", "trick", "aug", "optim", "trainer", "eval", "attack", "logger", "callbacks", "launch", "debug")
+
+
+def run(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run `python <arguments>` in the repository."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def choices(group: str) -> list[str]:
+    return sorted(
+        str(path.relative_to(CONFIG_DIR / group).with_suffix("")) for path in (CONFIG_DIR / group).rglob("*.yaml")
+    )
+
+
+def composed(config: str, *overrides: str):
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose(config, list(overrides))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A short real training run of the default command: half the epochs, the whole evaluation."""
+    run_dir = tmp_path_factory.mktemp("runs") / "trained"
+    done = run("train.py", f"run_dir={run_dir}", "trainer.max_epochs=6")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def accuracy(run_dir: Path, evaluator: str) -> float:
+    rows = json.loads((run_dir / "summary.json").read_text())
+    return next(row["value"] for row in rows if row["evaluator"] == evaluator)
+
+
+def last_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_adversarial_training_gains_robustness(trained, tmp_path):
+    done = run("train.py", "adv=none", f"run_dir={tmp_path}", "trainer.max_epochs=6")
+    assert done.returncode == 0, done.stderr
+    assert accuracy(trained, "clean") > 0.9
+    assert accuracy(trained, "pgd20") > accuracy(tmp_path, "pgd20") + 0.15
+
+
+def test_a_run_folder_holds_what_the_design_says(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "config.yaml", "checkpoints", "metrics.csv", "verdicts", "summary.json", "report.html", "examples.npz"
+    }  # fmt: skip
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    metrics = pd.read_csv(trained / "metrics.csv")
+    assert {"epoch", "train/loss", "train/robust_acc", "val/clean_acc", "val/robust_acc"} <= set(metrics.columns)
+    best = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["config"]["adv"]["steps"] == 3
+    scores = metrics["val/robust_acc"].dropna()
+    assert best["epoch"] == metrics.loc[scores.idxmax(), "epoch"]
+
+
+def test_the_same_seed_gives_the_same_numbers(trained, tmp_path):
+    again = run("train.py", f"run_dir={tmp_path}", "trainer.max_epochs=6")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "summary.json").read_text() == (trained / "summary.json").read_text()
+    one, two = (
+        torch.load(d / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for d in (trained, tmp_path)
+    )
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_evaluating_the_checkpoint_gives_the_numbers_of_the_training(trained, tmp_path):
+    done = run("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "summary.json").read_text() == (trained / "summary.json").read_text()
+    again = run("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path}")
+    assert again.returncode == 0
+    assert len(list((tmp_path / "verdicts").iterdir())) == 4, "nothing is asked twice"
+
+
+def test_an_interrupted_training_keeps_its_checkpoint_and_goes_on(trained, tmp_path):
+    command = [
+        sys.executable,
+        "train.py",
+        f"run_dir={tmp_path}",
+        "trainer.max_epochs=6",
+        "trainer.limit_train_batches=19",
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "checkpoints" / "last.ckpt").exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"resume=last run_dir={tmp_path} goes on" in err
+    refused = run("train.py", f"run_dir={tmp_path}")
+    assert refused.returncode == 1
+    assert "already holds a run; give resume=last" in refused.stderr
+    done = run(
+        "train.py", f"run_dir={tmp_path}", "resume=last", "trainer.max_epochs=6", "trainer.limit_train_batches=19"
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        torch.load(d / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for d in (trained, tmp_path)
+    )
+    assert all(torch.equal(one[key], two[key]) for key in one), "resumed and uninterrupted training agree"
+
+
+def test_two_processes_train_and_evaluate(tmp_path):
+    done = run("train.py", "trainer=ddp_sim", f"run_dir={tmp_path}", *QUICK, "logger=tensorboard")
+    assert done.returncode == 0, done.stderr
+    assert accuracy(tmp_path, "clean") >= 0
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def wandb_records(log: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
+    place, record = 7, b""
+    while place + 7 <= len(log):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", log[place : place + 7])
+        record += log[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # full, or the last part
+            yield record
+            record = b""
+
+
+def test_wandb_works_offline_and_can_be_read_back(tmp_path):
+    done = run("train.py", f"run_dir={tmp_path}", *QUICK, "logger=wandb", "logger.offline=true", "eval=[clean]")
+    assert done.returncode == 0, done.stderr
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    keys = set()
+    for data in wandb_records(log.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        keys |= {item.key or "/".join(item.nested_key) for item in record.history.item}
+    assert {"val/robust_acc", "val/clean_acc", "train/loss"} <= keys
+
+
+@pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
+def test_every_choice_composes_and_builds(group, choice, tmp_path):
+    listed = group in ("trick", "eval")
+    choice = f"[{choice}]" if listed else choice
+    extra = ["logger.offline=true"] if choice == "wandb" else []
+    cfg = composed("train", f"{group}={choice}", f"run_dir={tmp_path}", *extra)
+    data = build.build_data(cfg)
+    build.build_module(cfg, data)
+    build.build_evaluation(cfg, data)
+    gpu = group == "trainer" and choice in ("gpu", "ddp")
+    if not gpu or torch.cuda.is_available():
+        build.build_trainer(cfg, tmp_path)
+
+
+@pytest.mark.parametrize("choice", choices("model"))
+def test_every_model_composes_and_builds(choice):
+    extra = ["model.name=vgg11_bn"] if choice == "timm" else []
+    cfg = composed("train", f"model={choice}", *extra)
+    data = build.build_data(cfg)
+    with torch.device("meta"):
+        assert build.build_classifier(cfg, data)
+    assert cfg.trainer.max_epochs >= 1
+
+
+@pytest.mark.parametrize("choice", choices("experiment"))
+def test_every_experiment_composes_and_names_its_command(choice):
+    cfg = composed("train", f"experiment={choice}")
+    build.build_module(cfg, build.build_data(cfg))
+    assert f"python train.py experiment={choice}" in (CONFIG_DIR / "experiment" / f"{choice}.yaml").read_text()
+
+
+@pytest.mark.parametrize("choice", choices("data"))
+def test_every_data_set_composes_with_both_programs(choice):
+    for config in ("train", "evaluate"):
+        cfg = composed(config, f"data={choice}")
+        assert cfg.threat.eps == cfg.data.threat.eps
+        assert set(cfg.data) == set(composed(config).data), "so that data.* of one is a key of all"
+
+
+def test_real_image_folders_train_and_evaluate(tmp_path):
+    """Both layouts of real JPEG files, made of the digits: cifar10's and an image folder's."""
+    digits = load_digits()
+    for split, positions in (("train", range(60)), ("test", range(60, 90)), ("val", range(60, 90))):
+        for i in positions:
+            folder = tmp_path / "data" / split / f"class{digits.target[i]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray((digits.images[i] * 15.9).astype("uint8")).resize((32, 32)).convert("RGB")
+            image.save(folder / f"{i:04d}.jpg")
+    small = ["data.num_val=20", "data.num_workers=1", f"data.root={tmp_path / 'data'}"]
+    for data in (["data=cifar10"], ["data=imagefolder", "data.img_size=24", "threat.norm=l2", "threat.eps=0.5"]):
+        run_dir = tmp_path / data[0].removeprefix("data=")
+        done = run("train.py", *data, *QUICK, *small, f"run_dir={run_dir}", "eval=[clean,pgd20]", "adv.steps=1")
+        assert done.returncode == 0, done.stderr
+        rows = pd.read_parquet(run_dir / "verdicts")
+        assert rows["sample_name"].str.fullmatch(r"test/class[01]/\d{4}\.jpg").all()
+    broken = tmp_path / "data" / "test" / "class0" / "0000.jpg"
+    broken.write_bytes(b"\xff\xd8\xff nothing")
+    done = run("evaluate.py", f"ckpt={run_dir}", "subset=first:6", "eval=[clean]", f"run_dir={tmp_path / 'again'}")
+    assert done.returncode == 1
+    assert_one_line(done, "0000.jpg")
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+
+
+MISTAKES = [
+    (["train.py", "model=foo"], "model/foo.*cnn resnet18 resnet50 timm vit_b"),
+    (["train.py", "adv.epz=1"], "adv.epz: no such key"),
+    (["train.py", "+adv.epz=1"], "epz=1: not a setting of pgd; did you mean eps"),
+    (["train.py", "+speed=1"], "speed: no such key"),
+    (["train.py", "adv.eps=-1"], "adv.eps=-1: expected a number of at least 0"),
+    (["train.py", "adv.eps=abc"], "adv.eps=abc"),
+    (["train.py", "adv.steps=0"], "adv.steps=0"),
+    (["train.py", "adv.val_steps=0"], "adv.val_steps=0"),
+    (["train.py", "seed=abc"], "seed=abc"),
+    (["train.py", "subset=last:3"], "subset=last:3"),
+    (["train.py", "precision=fp12"], "precision=fp12"),
+    (["train.py", "model=timm"], "model.name: must be given"),
+    (["train.py", "eval.pgd20.attack.steps=x"], "eval.pgd20.attack.steps=x"),
+    (["train.py", "data=cifar10"], "data.root=null"),
+    (["train.py", "data=cifar10", "data.root=/nowhere"], "data.root=/nowhere: does not exist"),
+    (["evaluate.py"], "ckpt=null"),
+    (["evaluate.py", "ckpt=/nowhere.ckpt"], "/nowhere.ckpt: no such checkpoint file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_gets_one_line_and_writes_nothing(arguments, message, tmp_path, monkeypatch):
+    program, *rest = arguments
+    monkeypatch.setattr(sys, "argv", [program, *rest, f"launch.root={tmp_path}"])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        {"train.py": train_main, "evaluate.py": evaluate_main}[program]()
+    line = str(caught.value.code)
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    assert re.search(message, line), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_shell_sees_one_line_and_exit_code_1(tmp_path):
+    assert_one_line(run("train.py", "adv.eps=-1", f"launch.root={tmp_path}"), "adv.eps=-1")
+    assert_one_line(run("train.py", "adv.epz=1", f"launch.root={tmp_path}"), "adv.epz: no such key")
+
+
+@pytest.mark.parametrize("change", ["model=resnet18", "model.settings.width=16"])
+def test_a_checkpoint_of_another_architecture_is_refused(trained, change, tmp_path):
+    assert_one_line(run("evaluate.py", f"ckpt={trained}", change, f"launch.root={tmp_path}"), "best.ckpt: ")
+    assert not list(tmp_path.iterdir())
+
+
+def readme_commands() -> list[str]:
+    """The command lines of the README's `sh` blocks that start one of the programs."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = itertools.chain.from_iterable(block.splitlines() for block in blocks)
+    return [line.partition(" #")[0].strip() for line in lines if line.startswith("python ")]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_the_readmes_commands_run(command, trained, tmp_path):
+    """Shortened, on the digits or on the test's own runs, but otherwise as they stand."""
+    program, *arguments = command.split()[1:]
+    arguments = [str(trained) if argument.startswith("runs/") else argument for argument in arguments]
+    arguments = [f"ckpt={trained}" if argument.startswith("ckpt=") else argument for argument in arguments]
+    if program == "-m":
+        done = run("-m", *arguments, "--output", tmp_path / "report.html")
+        assert (tmp_path / "report.html").exists()
+    else:
+        arguments = [
+            a for a in arguments if not a.startswith(("data", "subset=", "trainer.max_epochs", "trainer.limit"))
+        ]
+        short = QUICK if program == "train.py" else ["subset=first:6"]
+        done = run(program, *arguments, *short, f"run_dir={tmp_path / 'run'}")
+        assert (tmp_path / "run" / "report.html").exists(), done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readmes_python_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
