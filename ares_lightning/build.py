@@ -99,8 +99,8 @@ def build_data(cfg: DictConfig) -> RobustDataModule:
             raise ConfigError(str(error)) from error
 
 
-_DATA_FACTS = ("mean", "std", "threat", "epochs")
-"""Keys of `data` that the model, the threat model and the trainer take."""
+_DATA_FACTS = ("mean", "std", "threat", "epochs", "subset_after_training")
+"""Keys of `data` that the model, the threat model, the trainer and the evaluation take."""
 
 
 def build_classifier(cfg: DictConfig, data: RobustDataModule) -> nn.Module:

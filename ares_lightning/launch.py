@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -9,7 +10,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -56,15 +58,17 @@ def train(cfg: DictConfig) -> Metrics:
     data = build_data(cfg)
     module = build_module(cfg, data)
     evaluation = build_evaluation(cfg, data)
-    run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / cfg.name / _training_id())
-    resume = _resume_from(cfg.resume, run_dir)
+    folder = Path(cfg.launch.root) / cfg.name
+    run_dir = Path(cfg.run_dir or folder / _training_id(folder))
+    resume = _resume_from(cfg.resume, run_dir, module.net)
     if resume is None and _is_main_process() and (run_dir / "config.yaml").exists():
         raise ConfigError(f"run_dir={run_dir}: already holds a run; give resume=last to go on, or another run_dir")
     trainer = build_trainer(cfg, run_dir)
     if _is_main_process():
         _write_config(cfg, run_dir)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        with _inherited(RUN_ID=run_dir.name):
+            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except SystemExit as error:  # how Lightning ends after Ctrl-C
         raise KeyboardInterrupt(f"resume=last run_dir={run_dir} goes on from the last epoch") from error
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -139,7 +143,6 @@ def _main(config_name: str, work: Callable[[DictConfig], Metrics]) -> None:
         warnings.filterwarnings("ignore", message)
     wanted = os.environ.get("HYDRA_FULL_ERROR", "0")
     full_error = wanted == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that composition errors reach us instead of being printed
 
     def task(cfg: DictConfig) -> None:
         os.environ["HYDRA_FULL_ERROR"] = wanted
@@ -155,13 +158,12 @@ def _main(config_name: str, work: Callable[[DictConfig], Metrics]) -> None:
             sys.exit(128 + signal.SIGINT)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
+        with _inherited(HYDRA_FULL_ERROR="1"):  # so that composition errors reach us instead of being printed
+            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         if full_error:
             raise
         sys.exit(_complaint(error))
-    finally:
-        os.environ["HYDRA_FULL_ERROR"] = wanted
 
 
 def _complaint(error: Exception) -> str:
@@ -198,11 +200,29 @@ def _check_evaluation_folder(run_dir: Path, net: torch.nn.Module) -> None:
         )
 
 
-def _training_id() -> str:
-    """Return RUN_ID, else the SLURM job id, else the time; processes started from here inherit it as RUN_ID."""
-    run_id = os.environ.get("RUN_ID") or os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
-    os.environ["RUN_ID"] = run_id
-    return run_id
+def _training_id(folder: Path) -> str:
+    """Return RUN_ID, else the SLURM job id, else the time, with a number behind it where that is taken."""
+    given = os.environ.get("RUN_ID") or os.environ.get("SLURM_JOB_ID")
+    if given:
+        return given
+    now = time.strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (folder / name).exists())
+
+
+@contextmanager
+def _inherited(**variables: str) -> Iterator[None]:
+    """Set environment variables for the processes that are started inside."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _is_main_process() -> bool:
@@ -210,13 +230,13 @@ def _is_main_process() -> bool:
     return all(rank == "0" for rank in ranks)
 
 
-def _resume_from(resume: str | None, run_dir: Path) -> Path | None:
+def _resume_from(resume: str | None, run_dir: Path, net: torch.nn.Module) -> Path | None:
     if resume is None:
         return None
     path = run_dir / "checkpoints" / "last.ckpt" if resume == "last" else Path(resume)
     if not path.is_file():
         raise ConfigError(f"resume={resume}: no such checkpoint: {path}; give run_dir=<the run to go on with>")
-    read_checkpoint(path)
+    load_network(net, read_checkpoint(path)["state_dict"], path)
     return path
 
 
