@@ -1,4 +1,4 @@
-"""What takes minutes: the claims of the README on the real thing, and the full grid of invariants (`make proof`)."""
+"""What takes minutes: the claims of the README on the real thing, and the full grid of invariants: `make proof`."""
 
 from __future__ import annotations
 

@@ -9,6 +9,9 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
 
+_SHORT = {"val/clean_acc": "clean", "val/robust_acc": "robust"}
+
+
 class TrainingProgress(RichProgressBar):
     """Lightning's rich progress bar with the images a second of the current epoch, over all processes."""
 
@@ -32,7 +35,7 @@ class TrainingProgress(RichProgressBar):
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Return what the bar shows beside the batches."""
         items: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
-        items.pop("v_num", None)
+        items = {_SHORT.get(name, name): value for name, value in items.items() if name != "v_num"}
         seconds = time.monotonic() - self._start
         if self._num_images and seconds > 0:
             items["images/s"] = f"{self._num_images / seconds:.0f}"
