@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
-
 _SHORT = {"val/clean_acc": "clean", "val/robust_acc": "robust"}
 
 
