@@ -12,13 +12,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ares_lightning.attacks import Attack, Threat, make_attack, parse_budget
+from ares_lightning.attacks.attack import check_count
 from ares_lightning.attacks.threat import BALLS
-from ares_lightning.data import RobustDataModule, select_subset
+from ares_lightning.data import RobustDataModule, collate, select_subset
 from ares_lightning.evaluation.evaluators import (
     AttackEvaluator,
     CleanEvaluator,
@@ -29,6 +30,8 @@ from ares_lightning.evaluation.evaluators import (
 from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.models import make_classifier
 from ares_lightning.training import AdversarialTraining, Objective, RobustTraining, StandardTraining
+from ares_lightning.training.loggers import MetricsFile
+from ares_lightning.training.module import MONITORED, to_pixels
 from ares_lightning.training.optim import OptimSettings
 from ares_lightning.training.progress import TrainingProgress
 
@@ -152,9 +155,24 @@ def build_module(cfg: DictConfig, data: RobustDataModule) -> RobustTraining:
     )
 
 
+def rehearse(module: RobustTraining, data: RobustDataModule) -> None:
+    """Compute the loss on two training images, so that settings that do not go together show before the run."""
+    images, labels, sample_ids = collate([data.train_set[0], data.train_set[1]])
+    with section("adv"), torch.random.fork_rng([]):
+        module.eval()
+        module.loss(to_pixels(images), labels, sample_ids)
+        module.train()
+
+
 def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
     """Build the Lightning Trainer with its callbacks and loggers; writes nothing yet."""
     settings = _plain(cfg.trainer)
+    for key in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch"):
+        with section("trainer"):
+            check_count(key, settings[key])
+    monitor = cfg.callbacks.checkpoint.monitor
+    if monitor not in MONITORED:
+        raise ConfigError(f"callbacks.checkpoint.monitor={monitor}: expected one of {', '.join(MONITORED)}")
     debugging = bool(settings["fast_dev_run"])
     try:
         return L.Trainer(
@@ -203,7 +221,7 @@ _TRICKS = {"early_stopping": _early_stopping}
 
 
 def _loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
-    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
+    loggers: list[Logger] = [MetricsFile(run_dir)]
     if cfg.logger.name == "tensorboard":
         if importlib.util.find_spec("tensorboard") is None:
             raise ConfigError(

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hydra
 import lightning as L
@@ -21,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from wandb.errors import Error as WandbError
 
 from ares_lightning.build import (
     ConfigError,
@@ -31,6 +33,7 @@ from ares_lightning.build import (
     build_module,
     build_trainer,
     check_keys,
+    rehearse,
 )
 from ares_lightning.data import ImageError
 from ares_lightning.evaluation.report import write_report
@@ -51,26 +54,41 @@ _UNHELPFUL_WARNINGS = (
 )
 
 
-def train(cfg: DictConfig) -> Metrics:
-    """Train as `conf/train.yaml` says, evaluate the best checkpoint, write the report; return the metrics."""
-    check_keys(cfg)
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = build_data(cfg)
-    module = build_module(cfg, data)
-    evaluation = build_evaluation(cfg, data)
+def train(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
+    """Train as `conf/train.yaml` says, evaluate the best checkpoint, write the report; return the metrics.
+
+    overrides: what the command line set; with `resume`, all else comes from the checkpoint.
+    """
+    run_dir, resume = None if cfg.run_dir is None else Path(cfg.run_dir), None
+    if cfg.resume is not None:
+        resume = _checkpoint_to_resume(cfg.resume, run_dir)
+        _adopt(cfg, OmegaConf.create(read_checkpoint(resume)["config"]), overrides, keep=("run_dir", "resume"))
+    with _checking():
+        check_keys(cfg)
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        data = build_data(cfg)
+        module = build_module(cfg, data)
+        evaluation = build_evaluation(cfg, data)
+        rehearse(module, data)
     folder = Path(cfg.launch.root) / cfg.name
-    run_dir = Path(cfg.run_dir or folder / _training_id(folder))
-    resume = _resume_from(cfg.resume, run_dir, module.net)
-    if resume is None and _is_main_process() and (run_dir / "config.yaml").exists():
+    run_dir = run_dir or folder / _training_id(folder)
+    if resume is not None:
+        load_network(module.net, read_checkpoint(resume)["state_dict"], resume)
+    elif _is_main_process() and (run_dir / "config.yaml").exists():
         raise ConfigError(f"run_dir={run_dir}: already holds a run; give resume=last to go on, or another run_dir")
-    trainer = build_trainer(cfg, run_dir)
+    with _checking():
+        trainer = build_trainer(cfg, run_dir)
     if _is_main_process():
         _write_config(cfg, run_dir)
     try:
         with _inherited(RUN_ID=run_dir.name):
             trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except SystemExit as error:  # how Lightning ends after Ctrl-C
+        if not trainer.interrupted:
+            raise
         raise KeyboardInterrupt(f"resume=last run_dir={run_dir} goes on from the last epoch") from error
+    except WandbError as error:
+        raise ConfigError(f"logger=wandb: {error}; `wandb login`, or logger.offline=true") from error
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not trainer.is_global_zero:
         return metrics
@@ -89,17 +107,21 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
 
     overrides: what the command line set; model, data and threat come from the checkpoint where it is silent.
     """
-    check_keys(cfg)
     if cfg.ckpt is None:
         raise ConfigError("ckpt=null: expected a checkpoint or a run folder, such as ckpt=runs/<name>/<run id>")
     path = _checkpoint_in(Path(cfg.ckpt))
     checkpoint = read_checkpoint(path)
-    _adopt(cfg, OmegaConf.create(checkpoint["config"]), overrides)
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    device = build_device(cfg.device)
-    data = build_data(cfg)
-    net = build_classifier(cfg, data)
-    evaluation = build_evaluation(cfg, data)
+    saved = OmegaConf.create(checkpoint["config"])
+    with open_dict(cfg):
+        cfg.name = cfg.name or saved.name
+    _adopt(cfg, OmegaConf.create({key: saved[key] for key in ("model", "data", "threat")}), overrides)
+    with _checking():
+        check_keys(cfg)
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        device = build_device(cfg.device)
+        data = build_data(cfg)
+        net = build_classifier(cfg, data)
+        evaluation = build_evaluation(cfg, data)
     load_network(net, checkpoint["state_dict"], path)
     run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / cfg.name / evaluation.fingerprint(net))
     _check_evaluation_folder(run_dir, net)
@@ -134,10 +156,10 @@ def train_main() -> None:
 
 def evaluate_main() -> None:
     """Run `python evaluate.py` and `ares-evaluate`."""
-    _main("evaluate", lambda cfg: evaluate(cfg, tuple(HydraConfig.get().overrides.task)))
+    _main("evaluate", evaluate)
 
 
-def _main(config_name: str, work: Callable[[DictConfig], Metrics]) -> None:
+def _main(config_name: str, work: Callable[[DictConfig, tuple[str, ...]], Metrics]) -> None:
     """Run `work` under Hydra; a user's mistake becomes one line on stderr and exit code 1."""
     for message in _UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message)
@@ -147,7 +169,7 @@ def _main(config_name: str, work: Callable[[DictConfig], Metrics]) -> None:
     def task(cfg: DictConfig) -> None:
         os.environ["HYDRA_FULL_ERROR"] = wanted
         try:
-            work(cfg)
+            work(cfg, tuple(HydraConfig.get().overrides.task))
         except (ConfigError, CheckpointError, ImageError, OmegaConfBaseException) as error:
             if full_error:
                 raise
@@ -230,13 +252,29 @@ def _is_main_process() -> bool:
     return all(rank == "0" for rank in ranks)
 
 
-def _resume_from(resume: str | None, run_dir: Path, net: torch.nn.Module) -> Path | None:
-    if resume is None:
-        return None
-    path = run_dir / "checkpoints" / "last.ckpt" if resume == "last" else Path(resume)
+@contextmanager
+def _checking() -> Iterator[None]:
+    """Turn whatever a setting provokes while objects are built, before anything is written, into a ConfigError."""
+    try:
+        yield
+    except (ConfigError, CheckpointError, ImageError, OmegaConfBaseException):
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the config cannot be used: {type(error).__name__}: {error}; "
+            "--cfg job prints it, HYDRA_FULL_ERROR=1 shows where it failed"
+        ) from error
+
+
+def _checkpoint_to_resume(resume: str, run_dir: Path | None) -> Path:
+    if resume != "last":
+        path = Path(resume)
+    elif run_dir is not None:
+        path = run_dir / "checkpoints" / "last.ckpt"
+    else:
+        raise ConfigError("resume=last: give run_dir=<the run to go on with> as well")
     if not path.is_file():
-        raise ConfigError(f"resume={resume}: no such checkpoint: {path}; give run_dir=<the run to go on with>")
-    load_network(net, read_checkpoint(path)["state_dict"], path)
+        raise ConfigError(f"resume={resume}: no such checkpoint: {path}")
     return path
 
 
@@ -250,17 +288,16 @@ def _checkpoint_in(path: Path) -> Path:
     raise ConfigError(f"ckpt={path}: is a folder without checkpoints/best.ckpt or checkpoints/last.ckpt")
 
 
-def _adopt(cfg: DictConfig, saved: DictConfig, overrides: tuple[str, ...]) -> None:
-    """Take model, data, threat and name from the checkpoint's config, except what the command line sets."""
+def _adopt(cfg: DictConfig, saved: Any, overrides: tuple[str, ...], keep: tuple[str, ...] = ()) -> None:
+    """Take what a checkpoint's config says over into `cfg`, except `keep` and what the command line sets."""
     given = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    if "threat.norm" in given and "threat.eps" not in given:
+        raise ConfigError("threat.norm: give threat.eps as well; the checkpoint's was meant for its norm")
     with open_dict(cfg):
-        for key in ("model", "data", "threat"):
-            if key in given:
+        for key in saved:
+            if key in given or key in keep or (key == "threat" and "data" in given):
                 continue
             own = {dotted: OmegaConf.select(cfg, dotted) for dotted in given if dotted.startswith(f"{key}.")}
-            if key == "threat" and "data" in given:
-                continue
             cfg[key] = saved[key]
             for dotted, value in own.items():
                 OmegaConf.update(cfg, dotted, value)
-        cfg.name = cfg.name or saved.name

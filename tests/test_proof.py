@@ -19,14 +19,16 @@ ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.proof
 
-GRID = itertools.product(
-    [row.name for row in list_attacks()],
-    ["linf", "l2", "l1"],
-    [torch.float32, torch.float64],
-    [2, 3, 4, 10, 1000],
-    [(6, 5), (5, 9)],
-    [0, 1, 17],
-    [False, True],
+GRID = list(
+    itertools.product(
+        [row.name for row in list_attacks()],
+        ["linf", "l2", "l1"],
+        [torch.float32, torch.float64],
+        [2, 3, 4, 10, 1000],
+        [(6, 5), (5, 9)],
+        [0, 1, 17],
+        [False, True],
+    )
 )
 
 

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Self, overload
 import torch
 from torch import Tensor
 
-from ares_lightning.attacks.guard import Model, guarded
+from ares_lightning.attacks.guard import Model, full_precision, guarded
 from ares_lightning.attacks.losses import LOSSES, Loss
-from ares_lightning.attacks.search import Search, check_classes, check_logits, is_broken
+from ares_lightning.attacks.search import Search, check_classes, check_logits, is_broken, predicted_classes
 from ares_lightning.attacks.threat import BALLS, Ball, Threat, parse_budget
 
 DEFAULT_EPS = {"linf": 4 / 255, "l2": 2.0, "l1": 75.0}
@@ -80,7 +80,9 @@ class Attack(ABC):
         return BALLS[self.norm]
 
     def replace(self, **changes: Any) -> Self:
-        """Return the attack with some settings changed."""
+        """Return the attack with some settings changed; another norm needs its own `eps`, else ValueError."""
+        if changes.get("norm", self.norm) != self.norm and "eps" not in changes:
+            raise ValueError(f"norm={changes['norm']}: give its eps as well; {self.eps} was meant for {self.norm}")
         return dataclasses.replace(self, **changes)
 
     @abstractmethod
@@ -136,6 +138,8 @@ class Attack(ABC):
             each victim; with names the result is one Outcome a name.
         sample_ids: [N] integers from which, with `seed`, all randomness of a sample follows; default 0 … N−1.
 
+        The whole call runs at the images' precision, with autocast and TF32 off.
+
         Raises ValueError for images outside [0, 1], non-finite, or of another shape or dtype, for labels and
         targets out of range, and for targets equal to labels.
         """
@@ -151,7 +155,7 @@ class Attack(ABC):
                     for name, v in victim.items()
                 }
             return _transfer_verdict(victim, crafted, images, labels, targets, self.ball)
-        with guarded(model, images.device):
+        with guarded(model, images.device), full_precision(images.device):
             clean_prediction = _predict(model, images, labels, targets)
             attacked = (~is_broken(clean_prediction, labels, targets)).nonzero().squeeze(1)
             search = self._search(
@@ -220,7 +224,7 @@ class Attack(ABC):
         loss: Loss,
         feedback: bool,
     ) -> Search:
-        return Search(model, images, labels, targets, ids, (seed, self.name), loss, feedback)
+        return Search(model, images, labels, targets, ids, (int(seed), self.name), loss, feedback)
 
 
 def check_count(key: str, value: object) -> None:
@@ -247,11 +251,15 @@ def _checked(
     ids = [int(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
     if len(ids) != len(images):
         raise ValueError(f"sample_ids hold {len(ids)} entries; expected {len(images)}, one an image")
+    labels = _ordinary(labels.to(images.device))
+    targets = None if targets is None else _ordinary(targets.to(images.device))
+    return _ordinary(images), labels, targets, ids
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """Return the tensor without its history, and as a copy that autograd may save if inference mode made it."""
     with torch.inference_mode(False):
-        images = images.detach().clone()
-        labels = labels.detach().to(images.device, copy=True)
-        targets = None if targets is None else targets.detach().to(images.device, copy=True)
-    return images, labels, targets, ids
+        return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _check_values(images: Tensor, labels: Tensor, targets: Tensor | None) -> None:
@@ -268,14 +276,13 @@ def _check_values(images: Tensor, labels: Tensor, targets: Tensor | None) -> Non
 
 
 def _predict(model: Model, images: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-    """Return the predicted classes [N] at the images' own precision, whatever autocast is on around."""
+    """Return the predicted classes [N]."""
     if not len(images):
         return torch.empty(0, dtype=torch.int64, device=images.device)
-    with torch.autocast(images.device.type, enabled=False):
-        logits = model(images)
+    logits = model(images)
     check_logits(logits, labels, targets)
     check_classes(logits, labels, targets)
-    return logits.argmax(1)
+    return predicted_classes(logits)
 
 
 def _verdict(
@@ -317,7 +324,7 @@ def _verdict(
 def _transfer_verdict(
     victim: Model, crafted: Search, images: Tensor, labels: Tensor, targets: Tensor | None, ball: Ball
 ) -> Outcome:
-    with guarded(victim, images.device):
+    with guarded(victim, images.device), full_precision(images.device):
         clean_prediction = _predict(victim, images, labels, targets)
         attacked = (~is_broken(clean_prediction, labels, targets)).nonzero().squeeze(1)
         return _verdict(victim, crafted, attacked, images, labels, targets, clean_prediction, ball)

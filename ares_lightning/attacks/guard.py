@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,3 +38,19 @@ def guarded(model: Model, device: torch.device) -> Iterator[None]:
                 module.training = training
             for parameter in trainable:
                 parameter.requires_grad_(True)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute in the tensors' own precision: no autocast and, on CUDA, no TF32."""
+    cudnn: Any = torch.backends.cudnn
+    backends = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul] if device.type == "cuda" else []
+    before = [backend.fp32_precision for backend in backends]
+    with torch.autocast(device.type, enabled=False):
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision

@@ -21,7 +21,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     Raises ValueError for soft labels, of which no single class can be told apart.
     """
     if labels.ndim != 1:
-        raise ValueError("loss='margin' needs class labels [N]; soft labels [N, C] go with loss='ce'")
+        raise ValueError("loss=margin: needs class labels [N]; soft labels [N, C] go with loss=ce")
     own = logits.gather(1, labels[:, None]).squeeze(1)
     return logits.scatter(1, labels[:, None], -float("inf")).amax(1) - own
 

@@ -97,11 +97,13 @@ class Search:
 
     def _leave(self, logits: Tensor, images: Tensor) -> Tensor | None:
         """Drop the broken samples; return the positions of the others, None where nothing was broken."""
-        broken = is_broken(logits.argmax(1), self.labels, self.targets)
-        kept = (~broken).nonzero().squeeze(1)
-        if len(kept) == len(self):
+        broken = is_broken(predicted_classes(logits), self.labels, self.targets)
+        num_broken = int(broken.sum())  # the one wait for the device in an iteration
+        if num_broken == 0:
             return None
-        self._record(self._index[broken], images.detach()[broken])
+        order = broken.argsort(stable=True)
+        kept, gone = order[: len(self) - num_broken], order[len(self) - num_broken :]
+        self._record(self._index[gone], images.detach()[gone])
         self._index, self.clean, self.labels = self._index[kept], self.clean[kept], self.labels[kept]
         if self.targets is not None:
             self.targets = self.targets[kept]
@@ -111,6 +113,11 @@ class Search:
         self.images[index] = images
         self.forwards[index] = self._num_forwards
         self.backwards[index] = self._num_backwards
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """Return the predicted classes [N]; −1, which is no class, where a logit is NaN."""
+    return logits.argmax(1).where(~logits.isnan().any(1), -1)
 
 
 def is_broken(prediction: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ def parse_budget(value: object, key: str = "eps") -> float:
     """
     try:
         number = float(Fraction(value.strip())) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{key}={value}: expected a number of at least 0, such as 8/255 or 0.03")
@@ -138,7 +138,9 @@ class _L1(Ball):
         sums = total - count * values
         place = (sums < budget).sum(1, keepdim=True)
         previous = (place - 1).clamp_(min=0, max=values.shape[1] - 1)
-        amount = (total.gather(1, previous) - budget) / count.gather(1, previous).clamp_(min=1)
+        slope = count.gather(1, previous)
+        amount = (total.gather(1, previous) - budget) / slope.clamp(min=1)
+        amount = torch.where(slope <= 0, values.gather(1, previous), amount)  # a plateau: every amount will do
         amount = torch.where(place == 0, values[:, :1], amount)
         amount = torch.where(place == values.shape[1], 0, amount).clamp_(min=0)
         kept = torch.minimum((size - amount).clamp_(min=0), room)

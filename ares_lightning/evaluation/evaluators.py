@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ares_lightning.attacks import Attack, Outcome
-from ares_lightning.attacks.guard import guarded
+from ares_lightning.attacks.guard import full_precision, guarded
+from ares_lightning.attacks.search import predicted_classes
 
 CURVE_MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Budgets of a robustness curve where none are given: multiples of the threat model's budget."""
@@ -52,8 +53,8 @@ class CleanEvaluator(Evaluator):
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int
     ) -> Iterator[Verdicts]:
         """Yield the clean predictions as verdicts at budget 0 (1 F)."""
-        with guarded(net, images.device):
-            yield Verdicts("none", None, 0.0, _clean_outcome(images, labels, net(images).argmax(1)))
+        with guarded(net, images.device), full_precision(images.device):
+            yield Verdicts("none", None, 0.0, _clean_outcome(images, labels, predicted_classes(net(images))))
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class CurveEvaluator(Evaluator):
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int
     ) -> Iterator[Verdicts]:
         """Yield budget 0 (the clean images) and then each budget of the grid."""
-        with guarded(net, images.device):
-            known = _clean_outcome(images, labels, net(images).argmax(1))
+        with guarded(net, images.device), full_precision(images.device):
+            known = _clean_outcome(images, labels, predicted_classes(net(images)))
         yield Verdicts(self.attack.name, self.attack.norm, 0.0, known)
         for eps in self.eps:
             survivors = (~known.broken).nonzero().squeeze(1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ares_lightning.attacks import Threat
 from ares_lightning.data import Batch, ImageSet
-from ares_lightning.evaluation.evaluators import AttackEvaluator, Evaluator, Verdicts
+from ares_lightning.evaluation.evaluators import Evaluator, Verdicts
 from ares_lightning.evaluation.metrics import summarise
 from ares_lightning.evaluation.verdicts import Ledger
 
@@ -50,8 +50,17 @@ class Evaluation:
     def fingerprint(self, net: nn.Module) -> str:
         """Return a hash of the model, the set and every question: equal for the same evaluation."""
         parts = [evaluator.fingerprint(self.seed, self.precision) for evaluator in self.evaluators]
-        parts += [model_fingerprint(net), self.dataset.name, str(self.subset), str(self.threat)]
+        parts += [model_fingerprint(net), self._set_fingerprint(), str(self.subset), str(self.threat)]
         return hashlib.blake2b(" ".join(parts).encode(), digest_size=6).hexdigest()
+
+    def _set_fingerprint(self) -> str:
+        """Return a hash of which images are asked about, and of the first of them as the network sees it."""
+        ids = self.dataset.sample_ids.tolist()
+        names = [self.dataset.sample_name(sample_id) for sample_id in ids]
+        digest = hashlib.blake2b(repr((self.dataset.name, ids, names)).encode(), digest_size=8)
+        digest.update(self.dataset.labels.numpy().tobytes())
+        digest.update(self.dataset[0][0].numpy().tobytes())
+        return digest.hexdigest()
 
     def run(self, net: nn.Module, run_dir: Path, device: torch.device) -> list[dict[str, Any]]:
         """Take the verdicts that `run_dir` does not hold yet, and return the summary rows.
@@ -68,11 +77,12 @@ class Evaluation:
         with _progress() as progress:
             for evaluator in self.evaluators:
                 self._ask(evaluator, net, ledger, known, examples, progress, device, fingerprint)
-        examples.write(run_dir / "examples.npz")
+                examples.write(run_dir / "examples.npz")
         current = {evaluator.fingerprint(self.seed, self.precision) for evaluator in self.evaluators}
         verdicts = ledger.read()
         mine = verdicts["evaluator_fingerprint"].isin(current) & (verdicts["model_fingerprint"] == fingerprint)
-        verdicts = verdicts[mine & (verdicts["set"] == self.dataset.name)]
+        asked = verdicts["sample_id"].isin(self.dataset.sample_ids.tolist())
+        verdicts = verdicts[mine & asked & (verdicts["set"] == self.dataset.name)]
         summary = summarise(verdicts, [e.name for e in self.evaluators], self.threat, self.subset)
         write_json(run_dir / "summary.json", summary)
         return summary
@@ -90,7 +100,8 @@ class Evaluation:
     ) -> None:
         """Put one evaluator's verdicts on the undecided samples into the ledger, a part a batch."""
         own = evaluator.fingerprint(self.seed, self.precision)
-        decided = known[(known["evaluator_fingerprint"] == own) & (known["set"] == self.dataset.name)]
+        asked = known["sample_id"].isin(self.dataset.sample_ids.tolist())
+        decided = known[asked & (known["evaluator_fingerprint"] == own) & (known["set"] == self.dataset.name)]
         task = progress.add_task(
             evaluator.name, total=len(self.dataset), completed=decided["sample_id"].nunique(), accuracy=""
         )
@@ -100,8 +111,10 @@ class Evaluation:
             answers = list(evaluator.verdicts(net, pixels, labels.to(device), sample_ids, self.seed))
             rows = [self._rows(evaluator, own, fingerprint, answer, labels, sample_ids) for answer in answers]
             ledger.append(pd.concat(rows, ignore_index=True))
-            if isinstance(evaluator, AttackEvaluator) and evaluator.attack.needs_gradients:
-                examples.add(answers[-1], pixels, labels, [self.dataset.sample_name(int(i)) for i in sample_ids])
+            names = [self.dataset.sample_name(int(i)) for i in sample_ids]
+            for answer in answers:
+                if answer.attack != "noise" and Threat(str(answer.norm), answer.eps) == self.threat:
+                    examples.add(answer, pixels, labels, names)
             robust += int((~answers[-1].outcome.broken).sum())
             seen += len(images)
             progress.update(task, advance=len(images), accuracy=f"{robust / seen:.1%}")

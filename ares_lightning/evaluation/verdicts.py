@@ -43,7 +43,8 @@ class Ledger:
     def append(self, rows: pd.DataFrame) -> None:
         """Write rows as a new part; the part is there as a whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"part-{len(self._parts()):05d}.parquet"
+        taken = [int(part.stem.removeprefix("part-")) for part in self._parts()]
+        part = self.folder / f"part-{max(taken, default=-1) + 1:05d}.parquet"
         unfinished = part.with_suffix(".tmp")
         pq.write_table(pa.Table.from_pandas(rows, schema=SCHEMA, preserve_index=False), unfinished)
         os.replace(unfinished, part)

@@ -9,7 +9,6 @@ from typing import Any
 import timm
 import torch
 from timm.models.resnet import ResNet
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ares_lightning.models.cnn import CNN
@@ -28,6 +27,10 @@ class Normalize(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def extra_repr(self) -> str:
+        """Show mean and std, which are no part of the state dict."""
+        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalise images [N, C, H, W]."""
@@ -60,11 +63,13 @@ def make_classifier(
 ) -> Classifier:
     """Build `cnn` or any timm architecture by name, with random weights, fitted to images of `img_size` pixels.
 
-    Up to 64 pixels a ResNet takes a 3x3 stem of stride 1 without pooling. A ViT is built at `img_size` and,
-    unless `patch_size` is given, with patches of 4 up to 32 pixels, 8 up to 64, and its own above. `settings`
-    go to the architecture.
+    Up to 64 pixels a ResNet takes a 3x3 stem of stride 1 without pooling. What has an image size is built at
+    `img_size`, and a ViT and its kin take, unless `patch_size` is given, patches of 4 up to 32 pixels, 8 up to 64,
+    and their own above. `settings`
+    go to the architecture. Weights lie in channels_last, in which convolutions are faster.
 
-    Raises ValueError for an unknown name, naming the nearest known ones, and for settings it does not take.
+    Raises ValueError for an unknown name, naming the nearest known ones, for settings it does not take, and for
+    images that it cannot take.
     """
     if not len(mean) == len(std) == in_chans:
         raise ValueError(f"mean={list(mean)}, std={list(std)}: expected {in_chans} values each, one a channel")
@@ -72,7 +77,9 @@ def make_classifier(
         backbone: nn.Module = _built(name, CNN, in_chans, num_classes, **settings)
     else:
         backbone = _timm_backbone(name, in_chans, num_classes, img_size, settings)
-    return Classifier(backbone, mean, std)
+    classifier = Classifier(backbone, mean, std).to(memory_format=torch.channels_last)
+    _check_forward(name, classifier, torch.zeros(2, in_chans, img_size, img_size), num_classes)
+    return classifier
 
 
 def _timm_backbone(
@@ -83,23 +90,41 @@ def _timm_backbone(
         near = get_close_matches(architecture, timm.list_models(), n=3)
         remedy = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
         raise ValueError(f"name={name}: timm {timm.__version__} has no such architecture; {remedy}")
-    if _is_vit(architecture) and img_size <= SMALL_IMAGE:
+    settings = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes, **settings}
+    if img_size <= SMALL_IMAGE and not architecture.startswith(_OWN_PATCHES):
         settings = {"patch_size": 4 if img_size <= 32 else 8, **settings}
-    settings = {"in_chans": in_chans, "num_classes": num_classes, **settings}
-    try:
-        backbone = _built(name, timm.create_model, name, **{"img_size": img_size, **settings})
-    except ValueError as error:
-        if "unexpected keyword argument 'img_size'" not in str(error):
-            raise
-        backbone = _built(name, timm.create_model, name, **settings)  # convolutional: takes any size
+    backbone = _built(name, _create, name, settings)
     if isinstance(backbone, ResNet) and img_size <= SMALL_IMAGE:
         _keep_resolution(backbone, in_chans)
     return backbone
 
 
-def _is_vit(architecture: str) -> bool:
-    entry = timm.model_entrypoint(architecture)
-    return bool(entry.__module__ == VisionTransformer.__module__)
+_OWN_PATCHES = ("swin", "convnext")
+"""Architectures that begin with patches of 4 and merge them, so that theirs fit small images as they are."""
+
+
+def _create(name: str, settings: dict[str, Any]) -> nn.Module:
+    """Build a timm architecture; one that has no patches or image size is built without."""
+    try:
+        network: nn.Module = timm.create_model(name, **settings)
+    except TypeError as error:
+        for key in ("patch_size", "img_size"):
+            if f"unexpected keyword argument '{key}'" in str(error) and key in settings:
+                return _create(name, {k: value for k, value in settings.items() if k != key})
+        raise
+    return network
+
+
+@torch.no_grad()
+def _check_forward(name: str, classifier: Classifier, images: Tensor, num_classes: int) -> None:
+    try:
+        shape = tuple(classifier.eval()(images).shape)
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"name={name}: cannot take images of {images.shape[-1]} pixels: {reason}") from error
+    if shape != (len(images), num_classes):
+        raise ValueError(f"name={name}: returns shape {list(shape)}; expected logits of {num_classes} classes")
+    classifier.train()
 
 
 def _keep_resolution(resnet: Any, in_chans: int) -> None:
@@ -112,10 +137,7 @@ def _keep_resolution(resnet: Any, in_chans: int) -> None:
 def _built(name: str, build: Any, *args: Any, **settings: Any) -> nn.Module:
     try:
         network: nn.Module = build(*args, **settings)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise _unbuildable(name, error) from error
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"name={name}: the architecture cannot be built so: {reason}") from error
     return network
-
-
-def _unbuildable(name: str, error: Exception) -> ValueError:
-    return ValueError(f"name={name}: the architecture cannot be built so: {error}")

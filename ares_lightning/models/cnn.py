@@ -12,7 +12,7 @@ class CNN(nn.Module):
     for the other two.
     """
 
-    def __init__(self, in_chans: int, num_classes: int, width: int = 32) -> None:
+    def __init__(self, in_chans: int, num_classes: int, width: int = 48) -> None:
         super().__init__()
         self.features = nn.Sequential(
             *_layer(in_chans, width),

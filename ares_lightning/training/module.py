@@ -8,11 +8,13 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric
 
 from ares_lightning.attacks import Attack
-from ares_lightning.training.objectives import Objective
+from ares_lightning.training.objectives import Logs, Objective
 from ares_lightning.training.optim import OptimSettings
+
+MONITORED = ("val/robust_acc", "val/clean_acc")
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -51,30 +53,33 @@ class RobustTraining(L.LightningModule):
         self.seed = seed
         self.config = config
         self.num_classes = num_classes
-        self.clean_acc = MulticlassAccuracy(num_classes, average="micro")
-        self.robust_acc = MulticlassAccuracy(num_classes, average="micro")
+        self.clean_acc = MeanMetric()
+        self.robust_acc = MeanMetric()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Craft on the network as it is, then return the loss on what was crafted."""
         images, labels, sample_ids = batch
-        images = to_pixels(images)
+        loss, logs = self.loss(to_pixels(images), labels, sample_ids)
+        logs = {f"train/{name}": value for name, value in {"loss": loss.detach(), **logs}.items()}
+        self.log_dict(logs, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
+        return loss
+
+    def loss(self, images: Tensor, labels: Tensor, sample_ids: Tensor) -> tuple[Tensor, Logs]:
+        """Return the objective's loss and logs on images [N, C, H, W] in [0, 1]."""
         if self.label_smoothing:
             one_hot = F.one_hot(labels, self.num_classes).to(images.dtype)
             labels = one_hot * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
         adversarial = self.objective.craft(
             self.net, images, labels, self.global_step, epoch=self.current_epoch, sample_ids=sample_ids
         )
-        loss, logs = self.objective.loss(self.net, images, adversarial, labels, self.global_step)
-        logs = {f"train/{name}": value for name, value in {"loss": loss.detach(), **logs}.items()}
-        self.log_dict(logs, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
-        return loss
+        return self.objective.loss(self.net, images, adversarial, labels, self.global_step)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count clean and robust accuracy in one attack call."""
         images, labels, sample_ids = batch
         outcome = self.val_attack(self.net, to_pixels(images), labels, sample_ids=sample_ids, seed=self.seed)
-        self.clean_acc(outcome.clean_prediction, labels)
-        self.robust_acc(outcome.adversarial_prediction, labels)
+        self.clean_acc(outcome.clean_prediction == labels)
+        self.robust_acc(~outcome.broken)
         metrics = {"val/clean_acc": self.clean_acc, "val/robust_acc": self.robust_acc}
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
 

@@ -87,6 +87,14 @@ def test_projection_keeps_the_contract(norm, seed, spread, eps, dtype):
     assert torch.equal(inside, clean)
 
 
+def test_l1_projection_is_right_where_the_budget_is_just_what_saturated_pixels_take():
+    clean = torch.tensor([0.3, 0.6, 0.5, 0.5], dtype=torch.float64).view(1, 1, 2, 2)
+    wanted = clean + torch.tensor([5.0, 4.0, 0.2, -0.1], dtype=torch.float64).view(1, 1, 2, 2)
+    projected = BALLS["l1"].project(wanted, clean, 0.7 + 0.4)
+    expected = torch.tensor([1.0, 1.0, 0.5, 0.5], dtype=torch.float64).view(1, 1, 2, 2)
+    torch.testing.assert_close(projected, expected, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_budgets_may_differ_by_sample(norm):
     clean, point = random_case(5, 1.0)

@@ -182,6 +182,18 @@ def test_fingerprints_follow_what_decides_a_verdict(data, net):
     assert len({base.fingerprint(net), *(e.fingerprint(net) for e in changed)}) == 5
     other = make_classifier("cnn", in_chans=1, num_classes=10, img_size=8, mean=[0.3], std=[0.38], width=8)
     assert model_fingerprint(net) != model_fingerprint(other)
+    shifted = make_classifier("cnn", in_chans=1, num_classes=10, img_size=8, mean=[0.4], std=[0.38], width=8)
+    shifted.load_state_dict(other.state_dict())
+    assert model_fingerprint(shifted) != model_fingerprint(other), "normalisation decides verdicts"
+    sizes = {"batch_size": 64, "eval_batch_size": 16, "num_workers": 0, "num_val": 180}
+    other_split = RobustDataModule(name="digits", img_size=8, in_chans=1, split_seed=1, **sizes)
+    assert evaluation(other_split).fingerprint(net) != base.fingerprint(net)
+
+
+def test_only_the_subset_is_counted(data, net, tmp_path):
+    evaluation(data, subset="first:20").run(net, tmp_path, CPU)
+    assert {row["n"] for row in evaluation(data, subset="first:5").run(net, tmp_path, CPU)} == {5}
+    assert {row["n"] for row in evaluation(data, subset="first:30").run(net, tmp_path, CPU)} == {30}
 
 
 def test_a_broken_part_is_named_and_the_others_are_kept(data, net, tmp_path):
@@ -190,6 +202,11 @@ def test_a_broken_part_is_named_and_the_others_are_kept(data, net, tmp_path):
     bad.write_bytes(b"PAR1 nothing")
     with pytest.raises(ValueError, match=r"part-00001\.parquet"):
         Ledger(tmp_path / "verdicts").read()
+    last = (tmp_path / "verdicts" / "part-00002.parquet").read_bytes()
+    bad.unlink()
+    summary = evaluation(data, subset="first:5").run(net, tmp_path, CPU)
+    assert {row["n"] for row in summary} == {5}, "what the removed part held is asked again"
+    assert (tmp_path / "verdicts" / "part-00002.parquet").read_bytes() == last, "no part is ever written over"
 
 
 def test_examples_show_what_was_found(data, net, tmp_path):

@@ -32,6 +32,13 @@ def test_small_images_keep_their_resolution_in_a_resnet_and_take_patch_4_in_a_vi
         assert net.backbone.patch_embed.patch_size == (patch, patch)
 
 
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_the_kin_of_the_vit_take_patch_4_on_digits(name):
+    net = make_classifier(name, in_chans=1, num_classes=10, img_size=8, mean=[0], std=[1])
+    assert net.backbone.patch_embed.patch_size == (4, 4)
+    assert net(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
 def test_normalisation_is_the_first_layer():
     net = make_classifier("cnn", in_chans=3, num_classes=10, img_size=8, **FACTS).eval()
     images = torch.rand(2, 3, 8, 8)
