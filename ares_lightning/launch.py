@@ -114,6 +114,7 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
     saved = OmegaConf.create(checkpoint["config"])
     with open_dict(cfg):
         cfg.name = cfg.name or saved.name
+        cfg.adv = saved.adv  # for the record: how the model was trained
     _adopt(cfg, OmegaConf.create({key: saved[key] for key in ("model", "data", "threat")}), overrides)
     with _checking():
         check_keys(cfg)

@@ -154,11 +154,12 @@ class Evaluation:
 
 
 class _Examples:
-    """A few adversarial examples for the report: the first one found of each class."""
+    """A few adversarial examples for the report: the first found of each class, then others."""
 
     def __init__(self, classes: tuple[str, ...]) -> None:
         self.classes = classes
-        self._found: dict[int, dict[str, Any]] = {}
+        self._first: dict[int, dict[str, Any]] = {}
+        self._others: list[dict[str, Any]] = []
         self._of: Verdicts | None = None
 
     def add(self, verdicts: Verdicts, clean: Tensor, labels: Tensor, names: Sequence[str]) -> None:
@@ -169,20 +170,27 @@ class _Examples:
         outcome = verdicts.outcome
         for place in (outcome.broken & (outcome.distance > 0)).nonzero().squeeze(1).tolist():
             label = int(labels[place])
-            if len(self._found) < NUM_EXAMPLES and label not in self._found:
-                self._found[label] = {
-                    "clean": clean[place].float().cpu().numpy(),
-                    "adversarial": outcome.images[place].float().cpu().numpy(),
-                    "label": label,
-                    "clean_prediction": int(outcome.clean_prediction[place]),
-                    "adversarial_prediction": int(outcome.adversarial_prediction[place]),
-                    "sample_name": names[place],
-                }
+            is_first = label not in self._first
+            if len(self._first if is_first else self._others) == NUM_EXAMPLES:
+                continue
+            example = {
+                "clean": clean[place].float().cpu().numpy(),
+                "adversarial": outcome.images[place].float().cpu().numpy(),
+                "label": label,
+                "clean_prediction": int(outcome.clean_prediction[place]),
+                "adversarial_prediction": int(outcome.adversarial_prediction[place]),
+                "sample_name": names[place],
+            }
+            if is_first:
+                self._first[label] = example
+            else:
+                self._others.append(example)
 
     def write(self, path: Path) -> None:
-        if self._of is None or not self._found:
+        if self._of is None or not self._first:
             return
-        examples = [self._found[label] for label in sorted(self._found)]
+        examples = [self._first[label] for label in sorted(self._first)] + self._others
+        examples = examples[:NUM_EXAMPLES]
         columns = {key: np.stack([np.asarray(example[key]) for example in examples]) for key in examples[0]}
         scalars = {"attack": self._of.attack, "norm": self._of.norm, "eps": self._of.eps}
         with open(path, "wb") as file:
