@@ -59,24 +59,25 @@ def train(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
 
     overrides: what the command line set; with `resume`, all else comes from the checkpoint.
     """
-    run_dir, resume = None if cfg.run_dir is None else Path(cfg.run_dir), None
-    if cfg.resume is not None:
-        resume = _checkpoint_to_resume(cfg.resume, run_dir)
-        _adopt(cfg, OmegaConf.create(read_checkpoint(resume)["config"]), overrides, keep=("run_dir", "resume"))
     with _checking():
+        run_dir, resume = None if cfg.run_dir is None else Path(cfg.run_dir), None
+        if cfg.resume is not None:
+            resume = _checkpoint_to_resume(cfg.resume, run_dir)
+            _adopt(cfg, OmegaConf.create(read_checkpoint(resume)["config"]), overrides, keep=("run_dir", "resume"))
         check_keys(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         data = build_data(cfg)
         module = build_module(cfg, data)
         evaluation = build_evaluation(cfg, data)
         rehearse(module, data)
-    folder = Path(cfg.launch.root) / cfg.name
-    run_dir = run_dir or folder / _training_id(folder)
-    if resume is not None:
-        load_network(module.net, read_checkpoint(resume)["state_dict"], resume)
-    elif _is_main_process() and (run_dir / "config.yaml").exists():
-        raise ConfigError(f"run_dir={run_dir}: already holds a run; give resume=last to go on, or another run_dir")
-    with _checking():
+        folder = Path(cfg.launch.root) / str(cfg.name)
+        run_dir = run_dir or folder / _training_id(folder)
+        if resume is not None:
+            load_network(module.net, read_checkpoint(resume)["state_dict"], resume)
+        elif _is_main_process() and (run_dir / "config.yaml").exists():
+            raise ConfigError(
+                f"run_dir={run_dir}: already holds a run; give resume=last to go on, or another run_dir"
+            )
         trainer = build_trainer(cfg, run_dir)
     if _is_main_process():
         _write_config(cfg, run_dir)
@@ -109,23 +110,23 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
     """
     if cfg.ckpt is None:
         raise ConfigError("ckpt=null: expected a checkpoint or a run folder, such as ckpt=runs/<name>/<run id>")
-    path = _checkpoint_in(Path(cfg.ckpt))
-    checkpoint = read_checkpoint(path)
-    saved = OmegaConf.create(checkpoint["config"])
-    with open_dict(cfg):
-        cfg.name = cfg.name or saved.name
-        cfg.adv = saved.adv  # for the record: how the model was trained
-    _adopt(cfg, OmegaConf.create({key: saved[key] for key in ("model", "data", "threat")}), overrides)
     with _checking():
+        path = _checkpoint_in(Path(cfg.ckpt))
+        checkpoint = read_checkpoint(path)
+        saved = OmegaConf.create(checkpoint["config"])
+        with open_dict(cfg):
+            cfg.name = cfg.name or saved.name
+            cfg.adv = saved.adv  # for the record: how the model was trained
+        _adopt(cfg, OmegaConf.create({key: saved[key] for key in ("model", "data", "threat")}), overrides)
         check_keys(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         device = build_device(cfg.device)
         data = build_data(cfg)
         net = build_classifier(cfg, data)
         evaluation = build_evaluation(cfg, data)
-    load_network(net, checkpoint["state_dict"], path)
-    run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / cfg.name / evaluation.fingerprint(net))
-    _check_evaluation_folder(run_dir, net)
+        load_network(net, checkpoint["state_dict"], path)
+        run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / str(cfg.name) / evaluation.fingerprint(net))
+        _check_evaluation_folder(run_dir, net)
     _write_config(cfg, run_dir)
     return _evaluate(evaluation, net, run_dir, device)
 
