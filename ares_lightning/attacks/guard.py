@@ -20,7 +20,7 @@ def guarded(model: Model, device: torch.device) -> Iterator[None]:
     state of the CPU and of `device`. `.grad` is never written, since attacks differentiate with respect to
     the image only. Gradients are off inside, except where an attack asks for them, and an outer
     `torch.inference_mode` is lifted. Frozen parameters also spare compiled networks the weight gradients
-    and transformers a third of the saved activations.
+    and transformers the activations saved for them.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [(module, module.training) for module in modules]

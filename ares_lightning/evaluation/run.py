@@ -70,8 +70,7 @@ class Evaluation:
         """
         fingerprint = model_fingerprint(net)
         ledger = Ledger(run_dir / "verdicts")
-        known = ledger.read()
-        known = known[known["model_fingerprint"] == fingerprint]
+        known = self._asked(ledger.read(), fingerprint)
         net = net.to(device=device, dtype=PRECISIONS[self.precision])
         examples = _Examples(self.dataset.classes)
         with _progress() as progress:
@@ -79,13 +78,16 @@ class Evaluation:
                 self._ask(evaluator, net, ledger, known, examples, progress, device, fingerprint)
                 examples.write(run_dir / "examples.npz")
         current = {evaluator.fingerprint(self.seed, self.precision) for evaluator in self.evaluators}
-        verdicts = ledger.read()
-        mine = verdicts["evaluator_fingerprint"].isin(current) & (verdicts["model_fingerprint"] == fingerprint)
-        asked = verdicts["sample_id"].isin(self.dataset.sample_ids.tolist())
-        verdicts = verdicts[mine & asked & (verdicts["set"] == self.dataset.name)]
+        verdicts = self._asked(ledger.read(), fingerprint)
+        verdicts = verdicts[verdicts["evaluator_fingerprint"].isin(current)]
         summary = summarise(verdicts, [e.name for e in self.evaluators], self.threat, self.subset)
         write_json(run_dir / "summary.json", summary)
         return summary
+
+    def _asked(self, rows: pd.DataFrame, model: str) -> pd.DataFrame:
+        """Return the rows about this model and these samples."""
+        of_samples = rows["sample_id"].isin(self.dataset.sample_ids.tolist()) & (rows["set"] == self.dataset.name)
+        return rows[of_samples & (rows["model_fingerprint"] == model)]
 
     def _ask(
         self,
@@ -100,8 +102,7 @@ class Evaluation:
     ) -> None:
         """Put one evaluator's verdicts on the undecided samples into the ledger, a part a batch."""
         own = evaluator.fingerprint(self.seed, self.precision)
-        asked = known["sample_id"].isin(self.dataset.sample_ids.tolist())
-        decided = known[asked & (known["evaluator_fingerprint"] == own) & (known["set"] == self.dataset.name)]
+        decided = known[known["evaluator_fingerprint"] == own]
         task = progress.add_task(
             evaluator.name, total=len(self.dataset), completed=decided["sample_id"].nunique(), accuracy=""
         )

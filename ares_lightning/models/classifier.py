@@ -65,8 +65,8 @@ def make_classifier(
 
     Up to 64 pixels a ResNet takes a 3x3 stem of stride 1 without pooling. What has an image size is built at
     `img_size`, and a ViT and its kin take, unless `patch_size` is given, patches of 4 up to 32 pixels, 8 up to 64,
-    and their own above. `settings`
-    go to the architecture. Weights lie in channels_last, in which convolutions are faster.
+    and their own above. `settings` go to the architecture. Weights lie in channels_last, the layout that
+    convolutions work in.
 
     Raises ValueError for an unknown name, naming the nearest known ones, for settings it does not take, and for
     images that it cannot take.
