@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ares_lightning.attacks.guard import Model, full_precision, guarded
-from ares_lightning.attacks.losses import LOSSES, Loss
-from ares_lightning.attacks.search import Search, check_classes, check_logits, is_broken, predicted_classes
+from ares_lightning.attacks.losses import LOSSES, Loss, Objective, as_objective
+from ares_lightning.attacks.search import Passes, Search, check_classes, check_logits, is_broken, predict
 from ares_lightning.attacks.threat import BALLS, Ball, Threat, parse_budget
 
 DEFAULT_EPS = {"linf": 4 / 255, "l2": 2.0, "l1": 75.0}
@@ -44,11 +45,15 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
-    """A budget attack: the same frozen object serves verdicts (`attack(…)`) and crafting (`attack.craft(…)`).
+    """An attack: the same frozen object serves verdicts (`attack(…)`) and crafting (`attack.craft(…)`).
 
     norm: `linf`, `l2` or `l1`.
     eps: budget in units of the [0, 1] scale, a number or text such as "4/255"; None takes the usual ImageNet
-        budget of the norm (L-inf 4/255, L2 2.0, L1 75).
+        budget of the norm (L-inf 4/255, L2 2.0, L1 75). For a minimum-distance attack (`nearest`) None means no
+        budget: any adversarial example counts, and the nearest is looked for; with a budget, a sample is done
+        as soon as one within it is found.
+    eot: draws of a randomised model (Athalye et al. 2018, arXiv 1802.00420): every gradient is the mean over them,
+        and every prediction, in the search and in the verdict, is the class of the largest mean probability.
 
     Raises ValueError for a setting that makes no sense, with the key and its value.
     """
@@ -58,21 +63,24 @@ class Attack(ABC):
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
     targeted: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = True
+    nearest: ClassVar[bool] = False
     paper: ClassVar[str]
 
     norm: str = "linf"
     eps: float | str | None = None
+    eot: int = 1
 
     def __post_init__(self) -> None:
         if self.norm not in self.norms:
             raise ValueError(f"norm={self.norm}: {self.name} knows {', '.join(self.norms)}")
-        eps = DEFAULT_EPS[self.norm] if self.eps is None else parse_budget(self.eps)
-        object.__setattr__(self, "eps", eps)
+        eps = DEFAULT_EPS[self.norm] if self.eps is None and not self.nearest else self.eps
+        object.__setattr__(self, "eps", None if eps is None else parse_budget(eps))
+        check_count("eot", self.eot)
 
     @property
     def threat(self) -> Threat:
-        """The threat model: norm and budget."""
-        return Threat(self.norm, float(self.eps))  # type: ignore[arg-type]
+        """The threat model: norm and budget, which is infinite where `eps` is None."""
+        return Threat(self.norm, math.inf if self.eps is None else float(self.eps))
 
     @property
     def ball(self) -> Ball:
@@ -89,8 +97,9 @@ class Attack(ABC):
     def _run(self, search: Search) -> None:
         """Look for adversarial examples and hand the last iterates in by `search.finish`."""
 
-    def _loss(self) -> Loss:
-        return LOSSES["ce"]
+    def _objective(self) -> Objective:
+        """Return what the attack raises."""
+        return as_objective(LOSSES["ce"])
 
     @overload
     def __call__(
@@ -103,6 +112,9 @@ class Attack(ABC):
         victim: Mapping[str, Model],
         sample_ids: Tensor | Sequence[int] | None = None,
         seed: int = 0,
+        eps: Tensor | None = None,
+        batch_size: int | None = None,
+        precision: str = "fp32",
     ) -> dict[str, Outcome]: ...
 
     @overload
@@ -116,6 +128,9 @@ class Attack(ABC):
         victim: Model | None = None,
         sample_ids: Tensor | Sequence[int] | None = None,
         seed: int = 0,
+        eps: Tensor | None = None,
+        batch_size: int | None = None,
+        precision: str = "fp32",
     ) -> Outcome: ...
 
     def __call__(
@@ -128,6 +143,9 @@ class Attack(ABC):
         victim: Model | Mapping[str, Model] | None = None,
         sample_ids: Tensor | Sequence[int] | None = None,
         seed: int = 0,
+        eps: Tensor | None = None,
+        batch_size: int | None = None,
+        precision: str = "fp32",
     ) -> Outcome | dict[str, Outcome]:
         """Find out which samples the attack breaks.
 
@@ -137,40 +155,56 @@ class Attack(ABC):
         victim: a model, or models by name: craft on `model` without feedback, once, and take the verdict on
             each victim; with names the result is one Outcome a name.
         sample_ids: [N] integers from which, with `seed`, all randomness of a sample follows; default 0 … N−1.
-
-        The whole call runs at the images' precision, with autocast and TF32 off.
+        eps: a budget for each sample, [N], in place of the attack's one.
+        batch_size: images that one pass of the model with a backward takes at most (passes without take four
+            times as many), by default all. Hand in many batches at once: survivors are repacked into full ones.
+        precision: of the passes in the search, `fp32` (the images' own, with autocast and TF32 off) or `bf16`
+            (autocast). What bf16 shows as broken is looked at again, and every verdict is taken, in the images'
+            own precision.
 
         Raises ValueError for images outside [0, 1], non-finite, or of another shape or dtype, for labels and
-        targets out of range, and for targets equal to labels.
+        targets out of range, for targets equal to labels, for logits that are not finite or look like
+        probabilities, and for a model without gradients where the attack needs them.
         """
         images, labels, targets, ids = _checked(images, labels, targets, sample_ids)
         if labels.ndim != 1:
             raise ValueError(f"labels have shape {list(labels.shape)}; a verdict needs class labels [N]")
+        if precision not in PRECISIONS or (precision == "bf16" and images.dtype != torch.float32):
+            raise ValueError(f"precision={precision}: expected fp32, or bf16 with float32 images")
+        if targets is not None and not self.targeted:
+            raise ValueError(f"targets are given, but {self.name} knows no targeted form; see list_attacks()")
         _check_values(images, labels, targets)
+        budgets = self._budgets(images, eps)
+        passes = Passes(batch_size, precision, self.eot)
         if victim is not None:
-            crafted = self._craft(model, images, labels, targets, ids, seed, self._loss())
+            crafted = self._craft(model, images, labels, targets, budgets, ids, seed, self._objective(), passes)
             if isinstance(victim, Mapping):
                 return {
-                    name: _transfer_verdict(v, crafted, images, labels, targets, self.ball)
+                    name: _transfer_verdict(v, crafted, images, labels, targets, ids, passes)
                     for name, v in victim.items()
                 }
-            return _transfer_verdict(victim, crafted, images, labels, targets, self.ball)
+            return _transfer_verdict(victim, crafted, images, labels, targets, ids, passes)
         with guarded(model, images.device), full_precision(images.device):
-            clean_prediction = _predict(model, images, labels, targets)
+            logits, clean_prediction = _predict_clean(model, images, labels, targets, ids, passes)
             attacked = (~is_broken(clean_prediction, labels, targets)).nonzero().squeeze(1)
-            search = self._search(
+            search = Search(
                 model,
                 images[attacked],
                 labels[attacked],
                 None if targets is None else targets[attacked],
+                budgets[attacked],
+                self.ball,
                 [ids[i] for i in attacked.tolist()],
                 seed,
-                self._loss(),
                 feedback=True,
+                passes=passes,
+                logits=logits[attacked],
             )
             if len(attacked):
+                search.begin(self.name, self._objective(), self.nearest)
                 self._run(search)
-            return _verdict(model, search, attacked, images, labels, targets, clean_prediction, self.ball)
+                search.close()
+            return _verdict(model, search, attacked, images, labels, targets, clean_prediction, passes)
 
     def craft(
         self,
@@ -193,9 +227,14 @@ class Attack(ABC):
         Raises ValueError as the call does; the values of tensors that lie on an accelerator are not read.
         """
         images, labels, targets, ids = _checked(images, labels, targets, sample_ids)
+        if targets is not None and not self.targeted:
+            raise ValueError(f"targets are given, but {self.name} knows no targeted form; see list_attacks()")
         if images.device.type == "cpu":
             _check_values(images, labels, targets)
-        return self._craft(model, images, labels, targets, ids, seed, loss or self._loss()).images
+        objective = self._objective() if loss is None else as_objective(loss)
+        budgets = self._budgets(images, None)
+        passes = Passes(eot=self.eot)
+        return self._craft(model, images, labels, targets, budgets, ids, seed, objective, passes).images
 
     def _craft(
         self,
@@ -203,28 +242,32 @@ class Attack(ABC):
         images: Tensor,
         labels: Tensor,
         targets: Tensor | None,
+        budgets: Tensor,
         ids: Sequence[int],
         seed: int,
-        loss: Loss,
+        objective: Objective,
+        passes: Passes,
     ) -> Search:
         with guarded(model, images.device):
-            search = self._search(model, images, labels, targets, ids, seed, loss, feedback=False)
+            search = Search(
+                model, images, labels, targets, budgets, self.ball, ids, seed, feedback=False, passes=passes
+            )
             if len(images):
+                search.begin(self.name, objective, self.nearest)
                 self._run(search)
+                search.close()
             return search
 
-    def _search(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        targets: Tensor | None,
-        ids: Sequence[int],
-        seed: int,
-        loss: Loss,
-        feedback: bool,
-    ) -> Search:
-        return Search(model, images, labels, targets, ids, (int(seed), self.name), loss, feedback)
+    def _budgets(self, images: Tensor, eps: Tensor | None) -> Tensor:
+        """Return the budget of each sample, float64 [N]."""
+        if eps is None:
+            return torch.full((len(images),), self.threat.eps, dtype=torch.float64, device=images.device)
+        if eps.shape != (len(images),) or not bool((eps >= 0).all()):
+            raise ValueError(f"eps has shape {list(eps.shape)}; expected [{len(images)}] budgets of at least 0")
+        return eps.to(images.device, torch.float64)
+
+
+PRECISIONS = ("fp32", "bf16")
 
 
 def check_count(key: str, value: object) -> None:
@@ -275,14 +318,38 @@ def _check_values(images: Tensor, labels: Tensor, targets: Tensor | None) -> Non
             raise ValueError(f"{name} hold {int(classes.min())}; expected classes from 0 on")
 
 
-def _predict(model: Model, images: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-    """Return the predicted classes [N]."""
+def _predict_clean(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    ids: Sequence[int],
+    passes: Passes,
+) -> tuple[Tensor, Tensor]:
+    """Return logits [N, classes] and predicted classes [N], after a look at whether they are logits at all."""
     if not len(images):
-        return torch.empty(0, dtype=torch.int64, device=images.device)
-    logits = model(images)
+        return images.new_empty(0, 0), torch.empty(0, dtype=torch.int64, device=images.device)
+    logits, prediction = predict(model, images, passes)
     check_logits(logits, labels, targets)
     check_classes(logits, labels, targets)
-    return predicted_classes(logits)
+    strange = (~logits.isfinite().all(1)).nonzero().squeeze(1).tolist()
+    if strange:
+        names = ", ".join(str(ids[i]) for i in strange[:MAX_NAMED]) + (" …" if len(strange) > MAX_NAMED else "")
+        raise ValueError(
+            f"the model gives logits that are not finite for {len(strange)} of {len(images)} clean images, "
+            f"sample_ids {names}; mend the model, or leave these samples out"
+        )
+    sums = logits.double().sum(1)
+    if bool((logits >= 0).all() & ((sums - 1).abs() < PROBABILITY_SLACK).all()):
+        raise ValueError(
+            "the model returns probabilities (every row is at least 0 and sums to 1); "
+            "take its softmax off, for an attack needs logits"
+        )
+    return logits, prediction
+
+
+MAX_NAMED = 5
+PROBABILITY_SLACK = 1e-4
 
 
 def _verdict(
@@ -293,7 +360,7 @@ def _verdict(
     labels: Tensor,
     targets: Tensor | None,
     clean_prediction: Tensor,
-    ball: Ball,
+    passes: Passes,
 ) -> Outcome:
     """Predict the images found for `attacked` once more; where they break nothing, the clean image is the result.
 
@@ -302,18 +369,19 @@ def _verdict(
     everyone = len(search.images) == len(images)
     found = search.images[attacked] if everyone else search.images
     attacked_labels, attacked_targets = labels[attacked], None if targets is None else targets[attacked]
-    prediction = _predict(model, found, attacked_labels, attacked_targets)
-    broken = is_broken(prediction, attacked_labels, attacked_targets)
     adversarial, adversarial_prediction = images.clone(), clean_prediction.clone()
-    adversarial[attacked[broken]] = found[broken]
-    adversarial_prediction[attacked[broken]] = prediction[broken]
+    if len(attacked):
+        prediction = predict(model, found, passes)[1]
+        broken = is_broken(prediction, attacked_labels, attacked_targets)
+        adversarial[attacked[broken]] = found[broken]
+        adversarial_prediction[attacked[broken]] = prediction[broken]
     spent = slice(None) if everyone else attacked
     forwards, backwards = torch.zeros_like(clean_prediction), torch.zeros_like(clean_prediction)
     forwards[spent], backwards[spent] = search.forwards, search.backwards
     return Outcome(
         images=adversarial,
         broken=is_broken(adversarial_prediction, labels, targets),
-        distance=ball.distance(adversarial, images),
+        distance=search.ball.distance(adversarial, images),
         forwards=forwards,
         backwards=backwards,
         clean_prediction=clean_prediction,
@@ -322,9 +390,15 @@ def _verdict(
 
 
 def _transfer_verdict(
-    victim: Model, crafted: Search, images: Tensor, labels: Tensor, targets: Tensor | None, ball: Ball
+    victim: Model,
+    crafted: Search,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    ids: Sequence[int],
+    passes: Passes,
 ) -> Outcome:
     with guarded(victim, images.device), full_precision(images.device):
-        clean_prediction = _predict(victim, images, labels, targets)
+        clean_prediction = _predict_clean(victim, images, labels, targets, ids, passes)[1]
         attacked = (~is_broken(clean_prediction, labels, targets)).nonzero().squeeze(1)
-        return _verdict(victim, crafted, attacked, images, labels, targets, clean_prediction, ball)
+        return _verdict(victim, crafted, attacked, images, labels, targets, clean_prediction, passes)

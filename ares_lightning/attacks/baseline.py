@@ -32,7 +32,7 @@ class RandomNoise(Attack):
 
     def _run(self, search: Search) -> None:
         for _ in range(self.draws - 1 if search.feedback else 0):
-            search.check(self.ball.uniform(search.clean, self.threat.eps, search.noise))
+            search.forward(self.ball.uniform(search.clean, search.eps, search.noise))
             if not len(search):
                 return
-        search.finish(self.ball.uniform(search.clean, self.threat.eps, search.noise))
+        search.finish(self.ball.uniform(search.clean, search.eps, search.noise))

@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ares_lightning.attacks.attack import Attack, check_count
-from ares_lightning.attacks.losses import LOSSES, Loss
+from ares_lightning.attacks.losses import LOSSES, Objective, as_objective
 from ares_lightning.attacks.search import Search
-from ares_lightning.attacks.threat import parse_budget
+from ares_lightning.attacks.threat import Budget, parse_budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +26,24 @@ class _GradientAttack(Attack):
         if self.loss not in LOSSES:
             raise ValueError(f"loss={self.loss}: expected one of {', '.join(LOSSES)}")
 
-    def _loss(self) -> Loss:
-        return LOSSES[self.loss]
+    def _objective(self) -> Objective:
+        return as_objective(LOSSES[self.loss])
 
-    def _climb(self, search: Search, images: Tensor, steps: int, step_size: float) -> Tensor:
+    def _climb(self, search: Search, images: Tensor, steps: int) -> Tensor:
         """Take steepest steps and project after each: `steps` forwards and backwards; return the last iterates."""
+        rows = search.track(images=images)
         for _ in range(steps):
-            images, gradient = search.gradient(images)
+            gradient = search.gradient(rows.images).gradient
             if not len(search):
                 break
-            images = images + self.ball.steepest_step(images, gradient, step_size)
-            images = self.ball.project(images, search.clean, self.threat.eps)
-        return images
+            step = self.ball.steepest_step(rows.images, gradient, self._step_size(search.eps))
+            rows.images = self.ball.project(step.add_(rows.images), search.clean, search.eps)
+        last: Tensor = rows.images
+        return last
+
+    def _step_size(self, eps: Tensor) -> Budget:
+        """Return the length of a step at budgets [n]."""
+        return eps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,7 @@ class FGSM(_GradientAttack):
     paper: ClassVar[str] = "arXiv 1412.6572"
 
     def _run(self, search: Search) -> None:
-        search.finish(self._climb(search, search.clean, 1, self.threat.eps))
+        search.finish(self._climb(search, search.clean, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +84,11 @@ class BIM(_GradientAttack):
         if self.step_size is not None:
             object.__setattr__(self, "step_size", parse_budget(self.step_size, "step_size"))
 
-    def step_length(self) -> float:
-        """Return the length of a step: `step_size`, or what its None stands for."""
-        if self.step_size is not None:
-            return float(self.step_size)
-        return max(1 / 4, 2.5 / self.steps) * self.threat.eps
+    def _step_size(self, eps: Tensor) -> Budget:
+        return max(1 / 4, 2.5 / self.steps) * eps if self.step_size is None else float(self.step_size)
 
     def _run(self, search: Search) -> None:
-        search.finish(self._climb(search, search.clean, self.steps, self.step_length()))
+        search.finish(self._climb(search, search.clean, self.steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +120,10 @@ class PGD(BIM):
         for restart in range(restarts):
             images = search.clean
             if self.random_start:
-                images = self.ball.uniform(search.clean, self.threat.eps, search.noise)
-            images = self._climb(search, images, self.steps, self.step_length())
+                images = self.ball.uniform(search.clean, search.eps, search.noise)
+            images = self._climb(search, images, self.steps)
             if restart + 1 < restarts and len(search):
-                search.check(images)
+                search.forward(images)
             if not len(search):
                 return
         search.finish(images)

@@ -2,21 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from ares_lightning.attacks.guard import Model
-from ares_lightning.attacks.losses import Loss
+from ares_lightning.attacks.losses import Objective
 from ares_lightning.attacks.noise import sample_noise
+from ares_lightning.attacks.threat import Ball
+
+FORWARD_ROWS = 4
+"""A pass without a backward keeps no activations and takes this many times the rows of one with."""
+
+Index = slice | Tensor
+View = Callable[[Tensor, Index], Tensor]
+"""(images, their rows in the working set) -> what the model is shown instead; differentiated through."""
+
+
+class Rows(SimpleNamespace):
+    """Tensors that hold one row for each sample of the working set, by name."""
+
+    def keep(self, index: Tensor) -> None:
+        """Keep the rows of `index` of every tensor."""
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, Tensor):
+                setattr(self, name, tensor[index])
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a pass showed of the samples that remain.
+
+    loss: [n], or [n, k] where the objective has k values a sample. broken: bool [n], the image is misclassified
+    (or is predicted as the target); all False where nobody asks, when crafting. gradient: of the loss,
+    [n, C, H, W] or [n, k, C, H, W]; empty after a forward alone.
+    """
+
+    loss: Tensor
+    broken: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How the model is called: `batch_size` rows at most in a pass with a backward (None: all), under bf16
+    autocast or in full precision, `eot` times each for a randomised model."""
+
+    batch_size: int | None = None
+    precision: str = "fp32"
+    eot: int = 1
+
+    def parts(self, num_rows: int, backward: bool) -> Iterator[slice]:
+        """Cut rows into parts that one pass may take."""
+        size = num_rows if self.batch_size is None else self.batch_size * (1 if backward else FORWARD_ROWS)
+        for start in range(0, num_rows, max(size, 1)):
+            yield slice(start, min(start + size, num_rows))
 
 
 class Search:
     """The working set of one attack run: which samples are left, and what was spent on them.
 
-    `clean`, `labels` and `targets` hold the samples still in the set. With feedback, a sample leaves the set at
-    the forward pass that shows it broken; without (crafting), all stay and nothing waits for the device.
+    `clean`, `labels`, `targets` and `eps` hold the samples still in the set; so do the tensors that an attack
+    holds by `track`. A pass may shrink them all: with feedback, a sample leaves the set at the forward
+    that shows it broken within its budget; without (crafting), all stay and nothing waits for the device.
+
+    For a minimum-distance attack, `images` holds the nearest adversarial example within the budget that any
+    pass has met, and a sample leaves only where the budget is finite.
     """
 
     def __init__(
@@ -25,94 +81,323 @@ class Search:
         clean: Tensor,
         labels: Tensor,
         targets: Tensor | None,
+        eps: Tensor,
+        ball: Ball,
         sample_ids: Sequence[int],
-        noise_key: tuple[object, ...],
-        loss: Loss,
+        seed: int,
         feedback: bool,
+        passes: Passes,
+        logits: Tensor | None = None,
     ) -> None:
-        self.clean, self.labels, self.targets = clean, labels, targets
         self.feedback = feedback
         self.images = clean.clone()
         self.forwards = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
         self.backwards = torch.zeros_like(self.forwards)
-        self._model, self._loss = model, loss
-        self._sample_ids, self._noise_key = sample_ids, noise_key
-        self._index = torch.arange(len(clean), device=clean.device)
-        self._num_forwards = self._num_backwards = self._num_draws = 0
+        self.ball = ball
+        self.model = model
+        self._passes, self._sample_ids, self._seed = passes, sample_ids, seed
+        self._rows = Rows(
+            clean=clean,
+            labels=labels,
+            targets=targets,
+            eps=eps,
+            logits=logits,
+            index=torch.arange(len(clean), device=clean.device),
+            forwards=self.forwards.clone(),
+            backwards=self.backwards.clone(),
+            nearest=torch.full(eps.shape, torch.inf, dtype=torch.float64, device=clean.device),
+        )
+        self._tracked: list[weakref.ref[Rows]] = []
+
+    def begin(self, name: str, objective: Objective, is_nearest: bool) -> None:
+        """Start an attack on the samples that remain: its key of random numbers, its objective, its kind."""
+        self._name, self._objective, self._is_nearest = name, objective, is_nearest
+        self._num_draws = 0
+        self._tracked = []
 
     def __len__(self) -> int:
-        return len(self.clean)
+        return len(self._rows.clean)
 
-    def noise(self, kind: str, shape: tuple[int, ...]) -> Tensor:
-        """Draw fresh per-sample random numbers, "uniform" in [-1, 1) or "normal", [N, *shape]."""
-        self._num_draws += 1
+    @property
+    def clean(self) -> Tensor:
+        """Clean images [n, C, H, W]."""
+        return self._tensor("clean")
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels [n], or soft labels [n, classes]."""
+        return self._tensor("labels")
+
+    @property
+    def targets(self) -> Tensor | None:
+        """Targets [n] of a targeted attack."""
+        targets: Tensor | None = self._rows.targets
+        return targets
+
+    @property
+    def eps(self) -> Tensor:
+        """Budgets float64 [n]."""
+        return self._tensor("eps")
+
+    @property
+    def nearest(self) -> Tensor:
+        """Distance of the nearest adversarial example met so far, float64 [n]; inf where there is none."""
+        return self._tensor("nearest")
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor: Tensor = getattr(self._rows, name)
+        return tensor
+
+    def clean_logits(self) -> Tensor:
+        """Return the logits of the clean images [n, classes]: one forward unless the caller knew them."""
+        if self._rows.logits is None:
+            self._rows.forwards += self._passes.eot
+            self._rows.logits = predict(self.model, self.clean, self._passes)[0]
+        return self._tensor("logits")
+
+    def track(self, **tensors: Tensor) -> Rows:
+        """Return a namespace of per-sample tensors that shrink with the working set."""
+        rows = Rows(**tensors)
+        self._tracked = [tracked for tracked in self._tracked if tracked() is not None] + [weakref.ref(rows)]
+        return rows
+
+    def noise(self, kind: str, shape: tuple[int, ...], *key: object) -> Tensor:
+        """Draw per-sample random numbers, "uniform" in [-1, 1) or "normal", [n, *shape].
+
+        Every call without a `key` draws afresh; a `key` names the draw instead, as for restarts that may be
+        taken up in any order.
+        """
+        if not key:
+            self._num_draws += 1
+            key = (self._num_draws,)
         ids = self._sample_ids
         if len(self) < len(ids):
-            ids = [ids[i] for i in self._index.tolist()]
-        return sample_noise(kind, (*self._noise_key, self._num_draws), ids, shape, self.clean)
+            ids = [ids[i] for i in self._rows.index.tolist()]
+        return sample_noise(kind, (self._seed, self._name, *key), ids, shape, self.clean)
 
-    def gradient(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (images, gradient of the loss) for the samples that remain after one forward and one backward.
+    def gradient(
+        self,
+        images: Tensor,
+        objective: Objective | None = None,
+        *,
+        aims: Tensor | None = None,
+        where: Tensor | None = None,
+        view: View | None = None,
+        judge: bool = True,
+    ) -> Passed:
+        """Spend one forward and one backward; return loss, verdict and gradient of the samples that remain.
 
-        The loss is to be raised: for targeted attacks its sign is turned. Both tensors are empty when the last
-        sample has broken. Raises ValueError where the model gives no gradient with respect to its input.
+        objective: what is raised, in place of the attack's own; with k values a sample, one backward each. aims:
+        [n, …], what is handed to it as the classes to be reached, by default the targets. where: bool [n], the
+        samples to be passed; the others get zeros. view: what the model is shown instead of the images; judge:
+        whether misclassification of that counts.
+
+        Raises ValueError where the model gives no gradient with respect to its input.
         """
-        images = images.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = self._forward(images)
-            if self.targets is None:
-                loss = self._loss(logits, self.labels)
-            else:
-                loss = -self._loss(logits, self.targets)
-            total = loss.sum()
-        if loss.shape != (len(images),):
-            raise ValueError(f"the loss has shape {list(loss.shape)}; expected one value a sample, [{len(images)}]")
-        kept = self._leave(logits, images) if self.feedback else None
-        if not len(self):
-            return images.detach()[:0], images.detach()[:0]
-        gradient = torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
-        if gradient is None:
-            raise ValueError(
-                "the model gives no gradient with respect to its input; "
-                "use an attack that needs none (see list_attacks())"
-            )
-        self._num_backwards += 1
-        gradient = gradient.nan_to_num(nan=0.0)
-        images = images.detach()
-        return (images, gradient) if kept is None else (images[kept], gradient[kept])
+        return self._pass(images, objective, aims, where, view, judge, backward=True)
 
-    def check(self, images: Tensor) -> None:
-        """Spend one forward to let the samples that `images` break leave the working set."""
-        self._leave(self._forward(images), images)
+    def forward(
+        self,
+        images: Tensor,
+        objective: Objective | None = None,
+        *,
+        aims: Tensor | None = None,
+        where: Tensor | None = None,
+    ) -> Passed:
+        """Spend one forward; return loss and verdict of the samples that remain. Arguments as in `gradient`."""
+        return self._pass(images, objective, aims, where, None, True, backward=False)
 
     def finish(self, images: Tensor) -> None:
         """Hand in the last iterates of the samples that remain; the verdict is taken on them."""
-        self._record(self._index, images)
+        self.images[self._rows.index] = images
 
-    def _forward(self, images: Tensor) -> Tensor:
-        logits = self._model(images)
-        check_logits(logits, self.labels, self.targets)
-        self._num_forwards += 1
+    def close(self) -> None:
+        """Write down what was spent on the samples that remain."""
+        self.forwards[self._rows.index] = self._rows.forwards
+        self.backwards[self._rows.index] = self._rows.backwards
+
+    def distance(self, images: Tensor) -> Tensor:
+        """Return the norm of `images` − clean, float64 [n]."""
+        return self.ball.distance(images, self.clean)
+
+    def _pass(
+        self,
+        images: Tensor,
+        objective: Objective | None,
+        aims: Tensor | None,
+        where: Tensor | None,
+        view: View | None,
+        judge: bool,
+        backward: bool,
+    ) -> Passed:
+        images = images.detach()
+        rows = None if where is None else where.nonzero().squeeze(1)
+        num_rows = len(images) if rows is None else len(rows)
+        if num_rows == 0:
+            zeros = images.new_zeros(len(images))
+            return Passed(zeros, zeros.bool(), torch.zeros_like(images) if backward else images.new_empty(0))
+        counts = judge and (self.feedback or self._is_nearest)
+        distance = self.distance(images) if counts and self._is_nearest else None
+        worth = None if distance is None else (distance < self.nearest) & (distance <= self.eps)
+        parts, passed = list(self._passes.parts(num_rows, backward)), []
+        for part in parts:
+            index: Index = part if rows is None else rows[part]
+            passed.append(
+                self._part(
+                    images if len(parts) == 1 and rows is None else images[index],
+                    index,
+                    objective or self._objective,
+                    aims if aims is not None else self.targets,
+                    view,
+                    counts,
+                    None if worth is None else worth[index],
+                    backward,
+                )
+            )
+        if len(passed) == 1 and rows is None:
+            loss, broken, gradient = passed[0]
+        else:
+            loss, broken, gradient = (_joined(column, rows, len(images)) for column in zip(*passed, strict=True))
+        spent: Index = slice(None) if rows is None else rows
+        self._rows.forwards[spent] += self._passes.eot
+        if worth is not None and distance is not None:
+            self._remember(images, distance, broken & worth)
+        kept = None
+        if counts and self.feedback:
+            kept = self._leave(images, broken if worth is None else broken & worth & self.eps.isfinite())
+        if kept is not None:
+            loss, broken, gradient = loss[kept], broken[kept], gradient[kept] if backward else gradient
+        if backward and len(self):
+            num_backwards = self._passes.eot * (1 if loss.ndim == 1 else loss.shape[1])
+            if where is None:
+                self._rows.backwards += num_backwards
+            else:
+                self._rows.backwards += num_backwards * (where if kept is None else where[kept])
+        return Passed(loss, broken, gradient)
+
+    def _part(
+        self,
+        images: Tensor,
+        index: Index,
+        objective: Objective,
+        aims: Tensor | None,
+        view: View | None,
+        counts: bool,
+        worth: Tensor | None,
+        backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pass some rows at once; return loss, verdict and gradient."""
+        labels, aims = self.labels[index], None if aims is None else aims[index]
+        eot = self._passes.eot
+        losses, scores, gradients = [], [], []
+        broken = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        for draw in range(eot):
+            points = images.detach().requires_grad_() if backward else images
+            with torch.set_grad_enabled(backward):
+                logits = self._logits(points if view is None else view(points, index), labels)
+                loss = objective(logits, labels, aims)
+            if loss.ndim not in (1, 2) or len(loss) != len(images):
+                raise ValueError(f"the loss has shape {list(loss.shape)}; expected [{len(images)}], one a sample")
+            losses.append(loss.detach())
+            if counts:
+                scores.append(logits.detach().softmax(1) if eot > 1 else logits.detach())
+            if counts and draw == eot - 1:
+                broken = self._judge(images, torch.stack(scores).mean(0) if eot > 1 else scores[0], index, worth)
+                left = broken if worth is None else broken & worth & self.eps[index].isfinite()
+                if self.feedback and eot == 1 and backward and bool(left.all()):
+                    gradients.append(_no_gradient(images, loss))
+                    break
+            if backward:
+                gradients.append(_differentiate(loss, points))
+        return _mean(losses), broken, _mean(gradients) if backward else images.new_empty(0)
+
+    def _logits(self, images: Tensor, labels: Tensor) -> Tensor:
+        bf16 = self._passes.precision == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16) if bf16 else nullcontext():
+            logits = _logits(self.model, images)
+        check_logits(logits, labels, self.targets)
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
-    def _leave(self, logits: Tensor, images: Tensor) -> Tensor | None:
-        """Drop the broken samples; return the positions of the others, None where nothing was broken."""
-        broken = is_broken(predicted_classes(logits), self.labels, self.targets)
-        num_broken = int(broken.sum())  # the one wait for the device in an iteration
+    def _judge(self, images: Tensor, scores: Tensor, index: Index, worth: Tensor | None) -> Tensor:
+        """Return bool [n]: broken; what bf16 has shown and would count is looked at again in full precision."""
+        targets = None if self.targets is None else self.targets[index]
+        broken = is_broken(predicted_classes(scores), self.labels[index], targets)
+        if self._passes.precision == "bf16":
+            doubtful = (broken if worth is None else broken & worth).nonzero().squeeze(1)
+            if len(doubtful):
+                rows = torch.arange(len(self), device=images.device)[index][doubtful]
+                self._rows.forwards[rows] += self._passes.eot
+                prediction = predict(self.model, images[doubtful], self._passes)[1]
+                again = is_broken(prediction, self.labels[rows], None if targets is None else targets[doubtful])
+                broken = broken.index_copy(0, doubtful, again)
+        return broken
+
+    def _remember(self, images: Tensor, distance: Tensor, better: Tensor) -> None:
+        rows = better.nonzero().squeeze(1)
+        self.images[self._rows.index[rows]] = images[rows]
+        self._rows.nearest = torch.where(better, distance, self._rows.nearest)
+
+    def _leave(self, images: Tensor, broken: Tensor) -> Tensor | None:
+        """Drop the broken samples; return the rows of the others, None where nothing was broken."""
+        num_broken = int(broken.sum())  # with one part, the one wait for the device in an iteration
         if num_broken == 0:
             return None
         order = broken.argsort(stable=True)
         kept, gone = order[: len(self) - num_broken], order[len(self) - num_broken :]
-        self._record(self._index[gone], images.detach()[gone])
-        self._index, self.clean, self.labels = self._index[kept], self.clean[kept], self.labels[kept]
-        if self.targets is not None:
-            self.targets = self.targets[kept]
+        index = self._rows.index[gone]
+        self.images[index] = images[gone]
+        self.forwards[index], self.backwards[index] = self._rows.forwards[gone], self._rows.backwards[gone]
+        for rows in (self._rows, *(tracked() for tracked in self._tracked)):
+            if rows is not None:
+                rows.keep(kept)
         return kept
 
-    def _record(self, index: Tensor, images: Tensor) -> None:
-        self.images[index] = images
-        self.forwards[index] = self._num_forwards
-        self.backwards[index] = self._num_backwards
+
+def predict(model: Model, images: Tensor, passes: Passes) -> tuple[Tensor, Tensor]:
+    """Return logits [N, classes] and predicted classes [N], at the images' precision.
+
+    With `eot` draws of a randomised model, the means of the logits, and the class of the largest mean probability.
+    """
+    logits, predictions = [], []
+    for part in passes.parts(len(images), backward=False):
+        draws = torch.stack([_logits(model, images[part]) for _ in range(passes.eot)])
+        logits.append(draws.mean(0))
+        predictions.append(predicted_classes(draws.softmax(2).mean(0) if passes.eot > 1 else draws[0]))
+    return torch.cat(logits), torch.cat(predictions)
+
+
+def _joined(parts: tuple[Tensor, ...], rows: Tensor | None, num_rows: int) -> Tensor:
+    whole = torch.cat(parts)
+    return whole if rows is None else whole.new_zeros(num_rows, *whole.shape[1:]).index_copy(0, rows, whole)
+
+
+def _mean(draws: list[Tensor]) -> Tensor:
+    return draws[0] if len(draws) == 1 else torch.stack(draws).mean(0)
+
+
+def _no_gradient(images: Tensor, loss: Tensor) -> Tensor:
+    return torch.zeros_like(images) if loss.ndim == 1 else images.new_zeros(*loss.shape, *images.shape[1:])
+
+
+def _differentiate(loss: Tensor, points: Tensor) -> Tensor:
+    """Return the gradient of each sample's loss [n] or losses [n, k] with respect to the sample."""
+    if not loss.requires_grad:
+        raise ValueError(_NO_GRADIENT)
+    columns = loss.unbind(1) if loss.ndim == 2 else (loss,)
+    gradients = []
+    for k, column in enumerate(columns):
+        (gradient,) = torch.autograd.grad(
+            column, points, torch.ones_like(column), retain_graph=k + 1 < len(columns), allow_unused=True
+        )
+        if gradient is None:
+            raise ValueError(_NO_GRADIENT)
+        gradients.append(gradient.nan_to_num(nan=0.0))
+    return gradients[0] if loss.ndim == 1 else torch.stack(gradients, dim=1)
+
+
+_NO_GRADIENT = (
+    "the model gives no gradient with respect to its input; use an attack that needs none (see list_attacks())"
+)
 
 
 def predicted_classes(logits: Tensor) -> Tensor:
@@ -125,10 +410,15 @@ def is_broken(prediction: Tensor, labels: Tensor, targets: Tensor | None) -> Ten
     return prediction != labels if targets is None else prediction == targets
 
 
+def _logits(model: Model, images: Tensor) -> Tensor:
+    logits = model(images)
+    if logits.ndim != 2 or len(logits) != len(images):
+        raise ValueError(f"the model returned shape {list(logits.shape)}; expected logits [{len(images)}, classes]")
+    return logits
+
+
 def check_logits(logits: Tensor, labels: Tensor, targets: Tensor | None) -> None:
-    """Hold the model's output and the labels to each other; values are read on the CPU only, where it is free."""
-    if logits.ndim != 2 or len(logits) != len(labels):
-        raise ValueError(f"the model returned shape {list(logits.shape)}; expected logits [{len(labels)}, classes]")
+    """Hold the classes and the labels to each other; values are read on the CPU only, where it is free."""
     if labels.ndim == 2 and labels.shape != logits.shape:
         raise ValueError(f"soft labels have shape {list(labels.shape)}; the logits {list(logits.shape)}")
     if logits.device.type == "cpu":
@@ -138,5 +428,5 @@ def check_logits(logits: Tensor, labels: Tensor, targets: Tensor | None) -> None
 def check_classes(logits: Tensor, labels: Tensor, targets: Tensor | None) -> None:
     """Raise ValueError where labels or targets name a class that the model does not have."""
     for name, classes in (("labels", labels), ("targets", targets)):
-        if classes is not None and classes.ndim == 1 and int(classes.max()) >= logits.shape[1]:
+        if classes is not None and classes.ndim == 1 and len(classes) and int(classes.max()) >= logits.shape[1]:
             raise ValueError(f"{name} hold {int(classes.max())}; the model has {logits.shape[1]} classes")
