@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -11,47 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import SmallNet, predicted
-
-from ares_lightning.attacks import list_attacks, make_attack
+from contract import check_outcome, every_combination
 
 ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.proof
 
-GRID = list(
-    itertools.product(
-        [row.name for row in list_attacks()],
-        ["linf", "l2", "l1"],
-        [torch.float32, torch.float64],
-        [2, 3, 4, 10, 1000],
-        [(6, 5), (5, 9)],
-        [0, 1, 17],
-        [False, True],
-    )
-)
 
-
-@pytest.mark.parametrize(("name", "norm", "dtype", "num_classes", "size", "n", "targeted"), GRID)
-def test_every_combination_keeps_the_contract(name, norm, dtype, num_classes, size, n, targeted):
-    eps = {"linf": 0.1, "l2": 0.6, "l1": 3.0}[norm]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = SmallNet(num_classes=num_classes).to(device, dtype)
-    images = torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(n), dtype=dtype).to(device)
-    labels = predicted(net, images) if n else torch.empty(0, dtype=torch.int64, device=device)
-    targets = (labels + 1) % num_classes if targeted else None
-    outcome = make_attack(name, norm=norm, eps=eps)(net, images, labels, targets=targets)
-    assert outcome.images.shape == images.shape
-    assert outcome.images.dtype == dtype
-    assert outcome.images.device == images.device
-    if n:
-        slack = 6e-8 if norm == "linf" else eps * (1e-5 if dtype == torch.float32 else 1e-9)
-        assert outcome.images.min() >= 0
-        assert outcome.images.max() <= 1
-        assert outcome.distance.max() <= eps + slack
-        prediction = predicted(net, outcome.images)
-        assert torch.equal(outcome.broken, prediction == targets if targeted else prediction != labels)
-        assert net.training
+@pytest.mark.parametrize(("case", "dtype", "num_classes", "size", "n", "targeted"), every_combination())
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_every_combination_keeps_the_contract(case, dtype, num_classes, size, n, targeted, device):
+    check_outcome(case, dtype, num_classes, size, n, targeted, device)
 
 
 def accuracies(run_dir: Path) -> dict[str, float]:

@@ -1,0 +1,112 @@
+"""What every attack of the catalogue must keep, whatever it is asked: shared by the tests and the proof."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from networks import SmallNet, predicted
+
+from ares_lightning.attacks import list_attacks, make_attack
+from ares_lightning.attacks.threat import BALLS
+
+ROWS = {row.name: row for row in list_attacks()}
+CASES = [(row.name, norm) for row in ROWS.values() for norm in row.norms]
+EPS = {"linf": 0.1, "l2": 0.6, "l1": 3.0}
+
+CHEAP: dict[str, dict[str, Any]] = {
+    "fgsm": {},
+    "bim": {"steps": 6},
+    "pgd": {"steps": 6, "restarts": 2},
+    "noise": {"draws": 5},
+}
+"""Settings with which an attack takes a moment on images of a few pixels."""
+
+AXES: dict[str, list[Any]] = {
+    "case": CASES,
+    "dtype": [torch.float32, torch.float64],
+    "num_classes": [2, 3, 4, 10, 1000],
+    "size": [(6, 5), (5, 9)],
+    "n": [0, 1, 17],
+    "targeted": [False, True],
+}
+
+
+def every_combination() -> list[tuple[Any, ...]]:
+    """All combinations of the axes."""
+    return list(itertools.product(*AXES.values()))
+
+
+def every_pair() -> list[tuple[Any, ...]]:
+    """Few combinations in which every two values of two axes meet, chosen greedily."""
+    values = list(AXES.values())
+    pairs = list(itertools.combinations(range(len(values)), 2))
+    open_pairs = {(i, j, a, b) for i, j in pairs for a in range(len(values[i])) for b in range(len(values[j]))}
+    others = list(itertools.product(*(range(len(axis)) for axis in values[1:])))
+    chosen = []
+
+    def gain(row: tuple[int, ...]) -> int:
+        return sum((i, j, row[i], row[j]) in open_pairs for i, j in pairs)
+
+    for case in range(len(CASES)):
+        while any((0, j, case, b) in open_pairs for j in range(1, len(values)) for b in range(len(values[j]))):
+            best = max(((case, *other) for other in others), key=gain)
+            open_pairs -= {(i, j, best[i], best[j]) for i, j in pairs}
+            chosen.append(tuple(axis[k] for axis, k in zip(values, best, strict=True)))
+    return chosen
+
+
+def cheap(name: str, **settings: Any) -> Any:
+    """The attack with settings that take a moment."""
+    return make_attack(name, **CHEAP[name], **settings)
+
+
+def check_outcome(
+    case: tuple[str, str],
+    dtype: torch.dtype,
+    num_classes: int,
+    size: tuple[int, int],
+    n: int,
+    targeted: bool,
+    device: str = "cpu",
+) -> None:
+    """Run an attack on a small network and hold its outcome to the contract."""
+    name, norm = case
+    targeted = targeted and ROWS[name].targeted
+    eps = EPS[norm]
+    net = SmallNet(num_classes=num_classes).to(device, dtype)
+    images = torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(n), dtype=dtype).to(device)
+    original = images.clone()
+    labels = predicted(net, images) if n else torch.empty(0, dtype=torch.int64, device=device)
+    misclassified = n // 2 if n > 1 and not targeted else None
+    if misclassified is not None:
+        labels[misclassified] = (labels[misclassified] + 1) % num_classes
+    targets = (labels + 1) % num_classes if targeted else None
+    outcome = cheap(name, norm=norm, eps=eps)(net, images, labels, targets=targets)
+    assert torch.equal(images, original), "the caller's images were written to"
+    assert outcome.images.shape == images.shape
+    assert outcome.images.dtype == dtype
+    assert outcome.images.device == images.device
+    assert outcome.broken.shape == outcome.distance.shape == (n,)
+    assert outcome.forwards.dtype == outcome.backwards.dtype == torch.int64
+    assert net.training
+    if not n:
+        return
+    slack = 6e-8 if norm == "linf" else eps * (1e-5 if dtype == torch.float32 else 1e-9)
+    assert outcome.images.min() >= 0
+    assert outcome.images.max() <= 1
+    assert outcome.distance.max() <= eps + slack
+    torch.testing.assert_close(outcome.distance, BALLS[norm].distance(outcome.images, images))
+    prediction = predicted(net, outcome.images)
+    assert torch.equal(outcome.broken, prediction == targets if targeted else prediction != labels)
+    assert torch.equal(outcome.adversarial_prediction, prediction)
+    assert torch.equal(outcome.clean_prediction, predicted(net, images))
+    assert torch.equal(outcome.images[~outcome.broken], images[~outcome.broken])
+    if not ROWS[name].needs_gradients:
+        assert not outcome.backwards.any()
+    if misclassified is not None:
+        assert outcome.broken[misclassified]
+        assert torch.equal(outcome.images[misclassified], images[misclassified])
+        assert outcome.forwards[misclassified] == outcome.backwards[misclassified] == 0
+        assert outcome.distance[misclassified] == 0
