@@ -19,6 +19,9 @@ CHEAP: dict[str, dict[str, Any]] = {
     "fgsm": {},
     "bim": {"steps": 6},
     "pgd": {"steps": 6, "restarts": 2},
+    "apgd_ce": {"steps": 10},
+    "apgd_dlr": {"steps": 10},
+    "apgd_t": {"steps": 10, "num_targets": 3},
     "noise": {"draws": 5},
 }
 """Settings with which an attack takes a moment on images of a few pixels."""

@@ -55,9 +55,10 @@ class Counting(nn.Module):
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
-        self.forwards = self.backwards = 0
+        self.forwards = self.backwards = self.calls = 0
 
     def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
         self.forwards += len(images)
         if images.requires_grad:
             images.register_hook(self._count)

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from ares_lightning.attacks.apgd import APGDCE, APGDDLR, APGDT
 from ares_lightning.attacks.attack import Attack
 from ares_lightning.attacks.baseline import RandomNoise
 from ares_lightning.attacks.pgd import BIM, FGSM, PGD
 
-_ATTACKS: dict[str, type[Attack]] = {attack.name: attack for attack in (FGSM, BIM, PGD, RandomNoise)}
+_ATTACKS: dict[str, type[Attack]] = {
+    attack.name: attack for attack in (FGSM, BIM, PGD, APGDCE, APGDDLR, APGDT, RandomNoise)
+}
 
 
 @dataclass(frozen=True)

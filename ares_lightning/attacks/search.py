@@ -91,12 +91,13 @@ class Search:
     ) -> None:
         self.feedback = feedback
         self.images = clean.clone()
+        self.found = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
         self.forwards = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
         self.backwards = torch.zeros_like(self.forwards)
         self.ball = ball
         self.model = model
-        self._passes, self._sample_ids, self._seed = passes, sample_ids, seed
-        self._rows = Rows(
+        self.passes, self.sample_ids, self.seed = passes, sample_ids, seed
+        self.rows = Rows(
             clean=clean,
             labels=labels,
             targets=targets,
@@ -111,12 +112,12 @@ class Search:
 
     def begin(self, name: str, objective: Objective, is_nearest: bool) -> None:
         """Start an attack on the samples that remain: its key of random numbers, its objective, its kind."""
-        self._name, self._objective, self._is_nearest = name, objective, is_nearest
+        self.name, self.objective, self.is_nearest = name, objective, is_nearest
         self._num_draws = 0
         self._tracked = []
 
     def __len__(self) -> int:
-        return len(self._rows.clean)
+        return len(self.rows.clean)
 
     @property
     def clean(self) -> Tensor:
@@ -131,7 +132,7 @@ class Search:
     @property
     def targets(self) -> Tensor | None:
         """Targets [n] of a targeted attack."""
-        targets: Tensor | None = self._rows.targets
+        targets: Tensor | None = self.rows.targets
         return targets
 
     @property
@@ -145,18 +146,18 @@ class Search:
         return self._tensor("nearest")
 
     def _tensor(self, name: str) -> Tensor:
-        tensor: Tensor = getattr(self._rows, name)
+        tensor: Tensor = getattr(self.rows, name)
         return tensor
 
     def clean_logits(self) -> Tensor:
         """Return the logits of the clean images [n, classes]: one forward unless the caller knew them."""
-        if self._rows.logits is None:
-            self._rows.forwards += self._passes.eot
-            self._rows.logits = predict(self.model, self.clean, self._passes)[0]
+        if self.rows.logits is None:
+            self.rows.forwards += self.passes.eot
+            self.rows.logits = predict(self.model, self.clean, self.passes)[0]
         return self._tensor("logits")
 
-    def track(self, **tensors: Tensor) -> Rows:
-        """Return a namespace of per-sample tensors that shrink with the working set."""
+    def track(self, **tensors: Tensor | None) -> Rows:
+        """Return a namespace of per-sample tensors that shrink with the working set for as long as it is held."""
         rows = Rows(**tensors)
         self._tracked = [tracked for tracked in self._tracked if tracked() is not None] + [weakref.ref(rows)]
         return rows
@@ -170,10 +171,13 @@ class Search:
         if not key:
             self._num_draws += 1
             key = (self._num_draws,)
-        ids = self._sample_ids
-        if len(self) < len(ids):
-            ids = [ids[i] for i in self._rows.index.tolist()]
-        return sample_noise(kind, (self._seed, self._name, *key), ids, shape, self.clean)
+        return sample_noise(kind, (self.seed, self.name, *key), self.ids(), shape, self.clean)
+
+    def ids(self) -> Sequence[int]:
+        """Return the sample ids of the samples that remain."""
+        if len(self) == len(self.sample_ids):
+            return self.sample_ids
+        return [self.sample_ids[i] for i in self.rows.index.tolist()]
 
     def gradient(
         self,
@@ -203,18 +207,19 @@ class Search:
         *,
         aims: Tensor | None = None,
         where: Tensor | None = None,
+        judge: bool = True,
     ) -> Passed:
         """Spend one forward; return loss and verdict of the samples that remain. Arguments as in `gradient`."""
-        return self._pass(images, objective, aims, where, None, True, backward=False)
+        return self._pass(images, objective, aims, where, None, judge, backward=False)
 
     def finish(self, images: Tensor) -> None:
         """Hand in the last iterates of the samples that remain; the verdict is taken on them."""
-        self.images[self._rows.index] = images
+        self.images[self.rows.index] = images
 
     def close(self) -> None:
         """Write down what was spent on the samples that remain."""
-        self.forwards[self._rows.index] = self._rows.forwards
-        self.backwards[self._rows.index] = self._rows.backwards
+        self.forwards[self.rows.index] = self.rows.forwards
+        self.backwards[self.rows.index] = self.rows.backwards
 
     def distance(self, images: Tensor) -> Tensor:
         """Return the norm of `images` − clean, float64 [n]."""
@@ -236,17 +241,17 @@ class Search:
         if num_rows == 0:
             zeros = images.new_zeros(len(images))
             return Passed(zeros, zeros.bool(), torch.zeros_like(images) if backward else images.new_empty(0))
-        counts = judge and (self.feedback or self._is_nearest)
-        distance = self.distance(images) if counts and self._is_nearest else None
+        counts = judge and (self.feedback or self.is_nearest)
+        distance = self.distance(images) if counts and self.is_nearest else None
         worth = None if distance is None else (distance < self.nearest) & (distance <= self.eps)
-        parts, passed = list(self._passes.parts(num_rows, backward)), []
+        parts, passed = list(self.passes.parts(num_rows, backward)), []
         for part in parts:
             index: Index = part if rows is None else rows[part]
             passed.append(
                 self._part(
                     images if len(parts) == 1 and rows is None else images[index],
                     index,
-                    objective or self._objective,
+                    objective or self.objective,
                     aims if aims is not None else self.targets,
                     view,
                     counts,
@@ -259,20 +264,20 @@ class Search:
         else:
             loss, broken, gradient = (_joined(column, rows, len(images)) for column in zip(*passed, strict=True))
         spent: Index = slice(None) if rows is None else rows
-        self._rows.forwards[spent] += self._passes.eot
+        self.rows.forwards[spent] += self.passes.eot
         if worth is not None and distance is not None:
             self._remember(images, distance, broken & worth)
         kept = None
         if counts and self.feedback:
-            kept = self._leave(images, broken if worth is None else broken & worth & self.eps.isfinite())
+            kept = self.leave(images, broken if worth is None else broken & worth & self.eps.isfinite())
         if kept is not None:
             loss, broken, gradient = loss[kept], broken[kept], gradient[kept] if backward else gradient
         if backward and len(self):
-            num_backwards = self._passes.eot * (1 if loss.ndim == 1 else loss.shape[1])
+            num_backwards = self.passes.eot * (1 if loss.ndim == 1 else loss.shape[1])
             if where is None:
-                self._rows.backwards += num_backwards
+                self.rows.backwards += num_backwards
             else:
-                self._rows.backwards += num_backwards * (where if kept is None else where[kept])
+                self.rows.backwards += num_backwards * (where if kept is None else where[kept])
         return Passed(loss, broken, gradient)
 
     def _part(
@@ -288,7 +293,7 @@ class Search:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Pass some rows at once; return loss, verdict and gradient."""
         labels, aims = self.labels[index], None if aims is None else aims[index]
-        eot = self._passes.eot
+        eot = self.passes.eot
         losses, scores, gradients = [], [], []
         broken = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         for draw in range(eot):
@@ -312,7 +317,7 @@ class Search:
         return _mean(losses), broken, _mean(gradients) if backward else images.new_empty(0)
 
     def _logits(self, images: Tensor, labels: Tensor) -> Tensor:
-        bf16 = self._passes.precision == "bf16"
+        bf16 = self.passes.precision == "bf16"
         with torch.autocast(images.device.type, torch.bfloat16) if bf16 else nullcontext():
             logits = _logits(self.model, images)
         check_logits(logits, labels, self.targets)
@@ -322,35 +327,40 @@ class Search:
         """Return bool [n]: broken; what bf16 has shown and would count is looked at again in full precision."""
         targets = None if self.targets is None else self.targets[index]
         broken = is_broken(predicted_classes(scores), self.labels[index], targets)
-        if self._passes.precision == "bf16":
+        if self.passes.precision == "bf16":
             doubtful = (broken if worth is None else broken & worth).nonzero().squeeze(1)
             if len(doubtful):
                 rows = torch.arange(len(self), device=images.device)[index][doubtful]
-                self._rows.forwards[rows] += self._passes.eot
-                prediction = predict(self.model, images[doubtful], self._passes)[1]
+                self.rows.forwards[rows] += self.passes.eot
+                prediction = predict(self.model, images[doubtful], self.passes)[1]
                 again = is_broken(prediction, self.labels[rows], None if targets is None else targets[doubtful])
                 broken = broken.index_copy(0, doubtful, again)
         return broken
 
     def _remember(self, images: Tensor, distance: Tensor, better: Tensor) -> None:
         rows = better.nonzero().squeeze(1)
-        self.images[self._rows.index[rows]] = images[rows]
-        self._rows.nearest = torch.where(better, distance, self._rows.nearest)
+        self.images[self.rows.index[rows]] = images[rows]
+        self.rows.nearest = torch.where(better, distance, self.rows.nearest)
 
-    def _leave(self, images: Tensor, broken: Tensor) -> Tensor | None:
-        """Drop the broken samples; return the rows of the others, None where nothing was broken."""
-        num_broken = int(broken.sum())  # with one part, the one wait for the device in an iteration
-        if num_broken == 0:
+    def leave(self, images: Tensor, broken: Tensor) -> Tensor | None:
+        """Drop the samples that are done with; return the rows of the others, None where all stay."""
+        leaving = self.done_with(broken)
+        num_leaving = int(leaving.sum())  # with one part, the one wait for the device in an iteration
+        if num_leaving == 0:
             return None
-        order = broken.argsort(stable=True)
-        kept, gone = order[: len(self) - num_broken], order[len(self) - num_broken :]
-        index = self._rows.index[gone]
-        self.images[index] = images[gone]
-        self.forwards[index], self.backwards[index] = self._rows.forwards[gone], self._rows.backwards[gone]
-        for rows in (self._rows, *(tracked() for tracked in self._tracked)):
+        order = leaving.argsort(stable=True)
+        kept, gone = order[: len(self) - num_leaving], order[len(self) - num_leaving :]
+        index = self.rows.index[gone]
+        self.images[index], self.found[index] = images[gone], broken[gone]
+        self.forwards[index], self.backwards[index] = self.rows.forwards[gone], self.rows.backwards[gone]
+        for rows in (self.rows, *(tracked() for tracked in self._tracked)):
             if rows is not None:
                 rows.keep(kept)
         return kept
+
+    def done_with(self, broken: Tensor) -> Tensor:
+        """Return bool [n]: the samples that leave when those of `broken` are."""
+        return broken
 
 
 def predict(model: Model, images: Tensor, passes: Passes) -> tuple[Tensor, Tensor]:

@@ -71,14 +71,14 @@ class _LInf(Ball):
         return (images.double() - clean.double()).flatten(1).abs().amax(1)
 
     def project(self, images: Tensor, clean: Tensor, eps: Budget) -> Tensor:
-        eps = _per_sample(eps, clean)
+        eps = per_sample(eps, clean)
         return torch.clamp(images, clean - eps, clean + eps).clamp_(0, 1)
 
     def steepest_step(self, images: Tensor, gradient: Tensor, size: Budget) -> Tensor:
-        return gradient.sign().mul_(_per_sample(size, images))
+        return gradient.sign().mul_(per_sample(size, images))
 
     def uniform(self, clean: Tensor, eps: Budget, noise: NoiseSource) -> Tensor:
-        delta = noise("uniform", tuple(clean.shape[1:])).mul_(_per_sample(eps, clean))
+        delta = noise("uniform", tuple(clean.shape[1:])).mul_(per_sample(eps, clean))
         return self.project(delta.add_(clean), clean, eps)
 
 
@@ -110,9 +110,9 @@ class _L2(Ball):
 
     def steepest_step(self, images: Tensor, gradient: Tensor, size: Budget) -> Tensor:
         largest = gradient.flatten(1).abs().amax(1).clamp_(min=torch.finfo(gradient.dtype).tiny)
-        direction = gradient / _per_sample(largest, gradient)  # squares of tiny gradients would vanish
+        direction = gradient / per_sample(largest, gradient)  # squares of tiny gradients would vanish
         norm = torch.linalg.vector_norm(direction.flatten(1), dim=1).clamp_(min=1)
-        return direction.mul_(_per_sample(size, images) / _per_sample(norm, direction))
+        return direction.mul_(per_sample(size, images) / per_sample(norm, direction))
 
     def uniform(self, clean: Tensor, eps: Budget, noise: NoiseSource) -> Tensor:
         direction = noise("normal", tuple(clean.shape[1:])).flatten(1)
@@ -166,7 +166,7 @@ class _L1(Ball):
 BALLS: dict[str, Ball] = {"linf": _LInf(), "l2": _L2(), "l1": _L1()}
 
 
-def _per_sample(value: Budget, images: Tensor) -> Budget:
+def per_sample(value: Budget, images: Tensor) -> Budget:
     """Shape a budget [N] so that it broadcasts over the pixels of images [N, …]."""
     if isinstance(value, Tensor):
         return value.to(images.dtype).view(-1, *[1] * (images.ndim - 1))
@@ -196,5 +196,5 @@ def _displace(clean: Tensor, images: Tensor, size: Tensor) -> Tensor:
 def _ball_point(direction: Tensor, clean: Tensor, eps: Budget, noise: NoiseSource, ball: Ball) -> Tensor:
     """Scale a direction [N, d] on the unit sphere to a uniform point of the ball: radius eps · u^(1/d)."""
     unit = (noise("uniform", (1,)) + 1) / 2
-    radius = _per_sample(eps, clean[:, :1, 0, 0]) * unit ** (1 / direction.shape[1])
+    radius = per_sample(eps, clean[:, :1, 0, 0]) * unit ** (1 / direction.shape[1])
     return ball.project((direction * radius).view_as(clean).add_(clean).clamp_(0, 1), clean, eps)
