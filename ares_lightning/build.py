@@ -20,13 +20,8 @@ from ares_lightning.attacks import Attack, Threat, make_attack, parse_budget
 from ares_lightning.attacks.attack import check_count
 from ares_lightning.attacks.threat import BALLS
 from ares_lightning.data import RobustDataModule, collate, select_subset
-from ares_lightning.evaluation.evaluators import (
-    AttackEvaluator,
-    CleanEvaluator,
-    CurveEvaluator,
-    Evaluator,
-    curve_budgets,
-)
+from ares_lightning.evaluation.curves import BisectedCurve, BracketedCurve, Curve, ExactCurve, curve_budgets
+from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator, Evaluator
 from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.models import make_classifier
 from ares_lightning.training import AdversarialTraining, Objective, RobustTraining, StandardTraining
@@ -245,6 +240,7 @@ def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
             threat=build_threat(cfg),
             dataset=dataset,
             loader=data.evaluation_loader,
+            batch_size=data.eval_batch_size,
             subset=cfg.subset,
             precision=cfg.precision,
             seed=cfg.seed,
@@ -266,10 +262,17 @@ def build_evaluators(cfg: DictConfig) -> Sequence[Evaluator]:
             attack = _attack(f"eval.{name}.attack", settings["attack"])
             with section(f"eval.{name}"):
                 given = None if settings["eps"] is None else [parse_budget(eps) for eps in settings["eps"]]
-                evaluators.append(CurveEvaluator(name, attack, curve_budgets(attack.threat.eps, given)))
+                evaluators.append(_curve(name, attack, curve_budgets(attack.threat.eps, given), settings["mode"]))
         else:
             raise ConfigError(f"eval.{name}.type={kind}: expected clean, attack or curve")
     return evaluators
+
+
+def _curve(name: str, attack: Attack, budgets: tuple[float, ...], mode: str) -> Curve:
+    curves = {"exact": ExactCurve, "bracketed": BracketedCurve, "bisected": BisectedCurve}
+    if mode not in curves:
+        raise ValueError(f"mode={mode}: expected one of {', '.join(curves)}")
+    return curves[mode](name, attack, budgets)
 
 
 def _attack(key: str, settings: dict[str, Any]) -> Attack:

@@ -2,29 +2,58 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from networks import SmallNet, predicted
 
-from ares_lightning.attacks import list_attacks, make_attack
+from ares_lightning.attacks import Attack, list_attacks, make_attack
+from ares_lightning.attacks.autoattack import AutoAttack
+from ares_lightning.attacks.generator import ResNetGenerator
 from ares_lightning.attacks.threat import BALLS
 
 ROWS = {row.name: row for row in list_attacks()}
 CASES = [(row.name, norm) for row in ROWS.values() for norm in row.norms]
+TARGETED_ONLY = {"tta"}
 EPS = {"linf": 0.1, "l2": 0.6, "l1": 3.0}
 
 CHEAP: dict[str, dict[str, Any]] = {
     "fgsm": {},
     "bim": {"steps": 6},
     "pgd": {"steps": 6, "restarts": 2},
+    "mim": {"steps": 6},
     "apgd_ce": {"steps": 10},
     "apgd_dlr": {"steps": 10},
     "apgd_t": {"steps": 10, "num_targets": 3},
+    "fab": {"steps": 6, "restarts": 2},
+    "fab_t": {"steps": 6, "num_targets": 3},
+    "cw": {"steps": 30, "search_steps": 3, "step_size": 0.05},
+    "deepfool": {"steps": 10},
+    "fmn": {"steps": 20},
+    "dim": {"steps": 6, "diversity_prob": 0.5},
+    "tim": {"steps": 6, "diversity_prob": 0.5, "kernel_size": 3},
+    "si_ni_fgsm": {"steps": 4, "scales": 2},
+    "vmi_fgsm": {"steps": 4, "num_neighbors": 2},
+    "sgm": {"steps": 6},
+    "tta": {"steps": 8, "kernel_size": 3},
+    "cda": {},
+    "square": {"queries": 60},
+    "nes": {"queries": 101, "samples": 10},
+    "spsa": {"queries": 101, "samples": 10},
+    "nattack": {"queries": 101, "samples": 20},
+    "boundary": {"queries": 100},
+    "evolutionary": {"queries": 120},
+    "autoattack": {},
     "noise": {"draws": 5},
 }
 """Settings with which an attack takes a moment on images of a few pixels."""
+
+LONG = {"cw", "fab_t", "square", "nes", "spsa", "nattack", "boundary", "evolutionary", "autoattack"}
+"""Attacks whose default settings take seconds."""
 
 AXES: dict[str, list[Any]] = {
     "case": CASES,
@@ -60,9 +89,32 @@ def every_pair() -> list[tuple[Any, ...]]:
     return chosen
 
 
-def cheap(name: str, **settings: Any) -> Any:
+class BriefAutoAttack(AutoAttack):
+    """AutoAttack with fewer steps, targets and queries, which would be too few to bear its name elsewhere."""
+
+    @property
+    def members(self) -> tuple[Attack, ...]:
+        """The members with cheap settings."""
+        return tuple(cheap(attack.name, norm=self.norm, eps=self.eps) for attack in super().members)
+
+
+def cheap(name: str, **settings: Any) -> Attack:
     """The attack with settings that take a moment."""
+    if name == "autoattack":
+        return BriefAutoAttack(**settings)
+    if name == "cda":
+        settings["generator"] = untrained_generator()
     return make_attack(name, **CHEAP[name], **settings)
+
+
+@functools.cache
+def untrained_generator() -> str:
+    """The path of the weights of a small generator for cda."""
+    path = Path(tempfile.mkdtemp()) / "generator.pth"
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        torch.save(ResNetGenerator(num_blocks=2).state_dict(), path)
+    return str(path)
 
 
 def check_outcome(
@@ -76,7 +128,7 @@ def check_outcome(
 ) -> None:
     """Run an attack on a small network and hold its outcome to the contract."""
     name, norm = case
-    targeted = targeted and ROWS[name].targeted
+    targeted = name in TARGETED_ONLY or (targeted and ROWS[name].targeted)
     eps = EPS[norm]
     net = SmallNet(num_classes=num_classes).to(device, dtype)
     images = torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(n), dtype=dtype).to(device)
@@ -113,3 +165,17 @@ def check_outcome(
         assert torch.equal(outcome.images[misclassified], images[misclassified])
         assert outcome.forwards[misclassified] == outcome.backwards[misclassified] == 0
         assert outcome.distance[misclassified] == 0
+
+
+def check_defaults(name: str) -> None:
+    """Run an attack as its name gives it, in the first of its norms."""
+    norm = ROWS[name].norms[0]
+    settings = {"generator": untrained_generator()} if name == "cda" else {}
+    attack = make_attack(name, norm=norm, **settings)
+    assert (attack.name, attack.threat.norm) == (name, norm)
+    assert attack.threat.eps > 0
+    images = torch.rand(2, 3, 6, 5, generator=torch.Generator().manual_seed(1))
+    net = SmallNet()
+    labels = predicted(net, images)
+    targets = (labels + 1) % 10 if name in TARGETED_ONLY else None
+    assert attack(net, images, labels, targets=targets).images.shape == images.shape

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import check_outcome, every_combination
+from contract import LONG, check_defaults, check_outcome, every_combination
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,6 +21,11 @@ pytestmark = pytest.mark.proof
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def test_every_combination_keeps_the_contract(case, dtype, num_classes, size, n, targeted, device):
     check_outcome(case, dtype, num_classes, size, n, targeted, device)
+
+
+@pytest.mark.parametrize("name", sorted(LONG))
+def test_long_attacks_work_with_their_defaults(name):
+    check_defaults(name)
 
 
 def accuracies(run_dir: Path) -> dict[str, float]:

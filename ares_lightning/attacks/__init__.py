@@ -6,6 +6,16 @@
 
 from ares_lightning.attacks.attack import Attack, Outcome
 from ares_lightning.attacks.catalogue import AttackInfo, list_attacks, make_attack
+from ares_lightning.attacks.query import accuracy_over_queries
 from ares_lightning.attacks.threat import Threat, parse_budget
 
-__all__ = ["Attack", "AttackInfo", "Outcome", "Threat", "list_attacks", "make_attack", "parse_budget"]
+__all__ = [
+    "Attack",
+    "AttackInfo",
+    "Outcome",
+    "Threat",
+    "accuracy_over_queries",
+    "list_attacks",
+    "make_attack",
+    "parse_budget",
+]

@@ -97,6 +97,11 @@ class Attack(ABC):
     def _run(self, search: Search) -> None:
         """Look for adversarial examples and hand the last iterates in by `search.finish`."""
 
+    def take_up(self, search: Search) -> None:
+        """Run on the samples that remain of a search, as one of several attacks."""
+        search.begin(self.name, self._objective(), self.nearest)
+        self._run(search)
+
     def _objective(self) -> Objective:
         """Return what the attack raises."""
         return as_objective(LOSSES["ce"])
@@ -201,8 +206,7 @@ class Attack(ABC):
                 logits=logits[attacked],
             )
             if len(attacked):
-                search.begin(self.name, self._objective(), self.nearest)
-                self._run(search)
+                self.take_up(search)
                 search.close()
             return _verdict(model, search, attacked, images, labels, targets, clean_prediction, passes)
 

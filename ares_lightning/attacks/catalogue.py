@@ -9,11 +9,28 @@ from typing import Any
 
 from ares_lightning.attacks.apgd import APGDCE, APGDDLR, APGDT
 from ares_lightning.attacks.attack import Attack
+from ares_lightning.attacks.autoattack import AutoAttack
 from ares_lightning.attacks.baseline import RandomNoise
+from ares_lightning.attacks.decision import Boundary, Evolutionary
+from ares_lightning.attacks.fab import FAB, FABT
+from ares_lightning.attacks.generator import CDA
+from ares_lightning.attacks.minimal import CW, FMN, DeepFool
 from ares_lightning.attacks.pgd import BIM, FGSM, PGD
+from ares_lightning.attacks.query import NES, SPSA, NAttack
+from ares_lightning.attacks.sgm import SGM
+from ares_lightning.attacks.square import Square
+from ares_lightning.attacks.transfer import DIM, MIM, SINIFGSM, TIM, TTA, VMIFGSM
 
 _ATTACKS: dict[str, type[Attack]] = {
-    attack.name: attack for attack in (FGSM, BIM, PGD, APGDCE, APGDDLR, APGDT, RandomNoise)
+    attack.name: attack
+    for attack in (
+        *(FGSM, BIM, PGD, MIM, APGDCE, APGDDLR, APGDT),
+        *(FAB, FABT, CW, DeepFool, FMN),
+        *(DIM, TIM, SINIFGSM, VMIFGSM, SGM, TTA, CDA),
+        *(Square, NES, SPSA, NAttack),
+        *(Boundary, Evolutionary),
+        *(AutoAttack, RandomNoise),
+    )
 }
 
 

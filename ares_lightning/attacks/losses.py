@@ -27,7 +27,15 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.scatter(1, labels[:, None], -float("inf")).amax(1) - own
 
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
+def negative_logit(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return `−z_y`; lowered for a target, it raises the target's logit (Zhao et al. 2021, arXiv 2012.11207).
+
+    Raises ValueError for soft labels.
+    """
+    return -class_logits(logits, labels)
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "logit": negative_logit}
 
 
 def class_logits(logits: Tensor, classes: Tensor) -> Tensor:

@@ -262,7 +262,9 @@ class Search:
         if len(passed) == 1 and rows is None:
             loss, broken, gradient = passed[0]
         else:
-            loss, broken, gradient = (_joined(column, rows, len(images)) for column in zip(*passed, strict=True))
+            losses, verdicts, gradients = zip(*passed, strict=True)
+            loss, broken = _joined(losses, rows, len(images)), _joined(verdicts, rows, len(images))
+            gradient = _joined(gradients, rows, len(images)) if backward else images.new_empty(0)
         spent: Index = slice(None) if rows is None else rows
         self.rows.forwards[spent] += self.passes.eot
         if worth is not None and distance is not None:
@@ -393,11 +395,12 @@ def _differentiate(loss: Tensor, points: Tensor) -> Tensor:
     """Return the gradient of each sample's loss [n] or losses [n, k] with respect to the sample."""
     if not loss.requires_grad:
         raise ValueError(_NO_GRADIENT)
-    columns = loss.unbind(1) if loss.ndim == 2 else (loss,)
+    ones = torch.ones_like(loss)
+    weights = (ones,) if loss.ndim == 1 else tuple(torch.diag_embed(ones).unbind(1))
     gradients = []
-    for k, column in enumerate(columns):
+    for k, weight in enumerate(weights):
         (gradient,) = torch.autograd.grad(
-            column, points, torch.ones_like(column), retain_graph=k + 1 < len(columns), allow_unused=True
+            loss, points, weight, retain_graph=k + 1 < len(weights), allow_unused=True
         )
         if gradient is None:
             raise ValueError(_NO_GRADIENT)

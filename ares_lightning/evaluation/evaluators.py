@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ares_lightning.attacks import Attack, Outcome
 from ares_lightning.attacks.guard import full_precision, guarded
-from ares_lightning.attacks.search import predicted_classes
-
-CURVE_MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-"""Budgets of a robustness curve where none are given: multiples of the threat model's budget."""
+from ares_lightning.attacks.search import Passes, predict
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,12 @@ class Evaluator(ABC):
 
     @abstractmethod
     def verdicts(
-        self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int
+        self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
     ) -> Iterator[Verdicts]:
-        """Yield verdicts on a batch: images [N, C, H, W] in [0, 1], labels and sample_ids int64 [N]."""
+        """Yield verdicts on images [N, C, H, W] in [0, 1], labels and sample_ids int64 [N].
+
+        passes: how the network is called; hand in many of its batches at once, for survivors are repacked.
+        """
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,10 @@ class CleanEvaluator(Evaluator):
     """Is the clean image classified rightly?"""
 
     def verdicts(
-        self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int
+        self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
     ) -> Iterator[Verdicts]:
         """Yield the clean predictions as verdicts at budget 0 (1 F)."""
-        with guarded(net, images.device), full_precision(images.device):
-            yield Verdicts("none", None, 0.0, _clean_outcome(images, labels, predicted_classes(net(images))))
+        yield Verdicts("none", None, 0.0, clean_outcome(net, images, labels, passes))
 
 
 @dataclass(frozen=True)
@@ -64,68 +63,34 @@ class AttackEvaluator(Evaluator):
     attack: Attack
 
     def verdicts(
-        self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int
+        self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
     ) -> Iterator[Verdicts]:
         """Yield the attack's verdicts."""
-        outcome = self.attack(net, images, labels, sample_ids=sample_ids, seed=seed)
+        outcome = self.attack(
+            net,
+            images,
+            labels,
+            sample_ids=sample_ids,
+            seed=seed,
+            batch_size=passes.batch_size,
+            precision=passes.precision,
+        )
         yield Verdicts(self.attack.name, self.attack.norm, self.attack.threat.eps, outcome)
 
 
-@dataclass(frozen=True)
-class CurveEvaluator(Evaluator):
-    """Which budgets does the sample withstand?
-
-    eps: rising grid of budgets. Every budget is fully attacked, from the smallest up, and an adversarial example
-    found at one budget counts at all larger ones, where its sample costs nothing more: the curve never rises and
-    is at least as strong as independent runs.
-    """
-
-    attack: Attack
-    eps: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.eps or list(self.eps) != sorted(set(self.eps)):
-            raise ValueError(f"eps={list(self.eps)}: expected a rising list of budgets")
-
-    def verdicts(
-        self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int
-    ) -> Iterator[Verdicts]:
-        """Yield budget 0 (the clean images) and then each budget of the grid."""
-        with guarded(net, images.device), full_precision(images.device):
-            known = _clean_outcome(images, labels, predicted_classes(net(images)))
-        yield Verdicts(self.attack.name, self.attack.norm, 0.0, known)
-        for eps in self.eps:
-            survivors = (~known.broken).nonzero().squeeze(1)
-            known = replace(
-                known, forwards=torch.zeros_like(known.forwards), backwards=torch.zeros_like(known.backwards)
-            )
-            if len(survivors):
-                found = self.attack.replace(eps=eps)(
-                    net,
-                    images[survivors],
-                    labels[survivors],
-                    sample_ids=sample_ids[survivors.to(sample_ids.device)],
-                    seed=seed,
-                )
-                known = _updated(known, survivors, found)
-            yield Verdicts(self.attack.name, self.attack.norm, eps, known)
-
-
-def _clean_outcome(images: Tensor, labels: Tensor, prediction: Tensor) -> Outcome:
+def clean_outcome(net: nn.Module, images: Tensor, labels: Tensor, passes: Passes) -> Outcome:
+    """Return what the clean images show: misclassified samples are broken at distance 0."""
+    with guarded(net, images.device), full_precision(images.device):
+        prediction = predict(net, images, Passes(passes.batch_size))[1]
     zeros = torch.zeros_like(labels)
     return Outcome(images, prediction != labels, zeros.double(), zeros, zeros, prediction, prediction)
 
 
-def _updated(known: Outcome, place: Tensor, found: Outcome) -> Outcome:
-    """Return `known` with the samples at `place` replaced by what was found on them."""
+def with_found(known: Outcome, place: Tensor, found: Outcome, rows: Tensor) -> Outcome:
+    """Return `known` with its samples at `place` replaced by those of `found` at `rows`."""
 
     def put(name: str) -> Tensor:
         old: Tensor = getattr(known, name)
-        return old.index_copy(0, place, getattr(found, name))
+        return old.index_copy(0, place, getattr(found, name)[rows])
 
     return Outcome(**{name: put(name) for name in Outcome.__dataclass_fields__})
-
-
-def curve_budgets(eps: float, given: Sequence[float] | None) -> tuple[float, ...]:
-    """Return the grid of a curve: the given budgets, or the usual multiples of `eps`."""
-    return tuple(given) if given else tuple(multiple * eps for multiple in CURVE_MULTIPLES)

@@ -17,12 +17,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ares_lightning.attacks import Threat
+from ares_lightning.attacks.search import Passes
 from ares_lightning.data import Batch, ImageSet
 from ares_lightning.evaluation.evaluators import Evaluator, Verdicts
 from ares_lightning.evaluation.metrics import summarise
 from ares_lightning.evaluation.verdicts import Ledger
 
-PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+"""The type of images, weights and verdicts; bf16 is that of the passes in which an attack searches."""
+NUM_PACKED = 4
+"""Batches handed to an attack at once, to repack survivors among them; an interruption costs as many."""
 NUM_EXAMPLES = 8
 
 
@@ -30,15 +34,17 @@ NUM_EXAMPLES = 8
 class Evaluation:
     """What is asked of a model, and under which conditions.
 
-    evaluators: asked in this order; threat: the threat model of the headline; precision: `fp32` or `fp64`;
-    seed: of all noise; dataset: the images; subset: how they were chosen from their set, for the record; loader:
-    makes batches of them in canonical order, `loader(dataset, skip=<sample ids>)`.
+    evaluators: asked in this order; threat: the threat model of the headline; precision: `fp32` or `fp64`, or
+    `bf16` for searches under bf16 autocast with verdicts in fp32; seed: of all noise; dataset: the images; subset:
+    how they were chosen from their set, for the record; loader: makes batches of them in canonical order,
+    `loader(dataset, skip=<sample ids>, batch_size=<images>)`; batch_size: images in one pass of the network.
     """
 
     evaluators: Sequence[Evaluator]
     threat: Threat
     dataset: ImageSet
     loader: Callable[..., Iterable[Batch]]
+    batch_size: int
     subset: str | None = None
     precision: str = "fp32"
     seed: int = 0
@@ -107,9 +113,13 @@ class Evaluation:
             evaluator.name, total=len(self.dataset), completed=decided["sample_id"].nunique(), accuracy=""
         )
         robust = seen = 0
-        for images, labels, sample_ids in self.loader(self.dataset, skip=decided["sample_id"].unique().tolist()):
+        passes = Passes(self.batch_size, "bf16" if self.precision == "bf16" else "fp32")
+        packs = self.loader(
+            self.dataset, skip=decided["sample_id"].unique().tolist(), batch_size=NUM_PACKED * self.batch_size
+        )
+        for images, labels, sample_ids in packs:
             pixels = images.to(device).to(PRECISIONS[self.precision]).div_(255)
-            answers = list(evaluator.verdicts(net, pixels, labels.to(device), sample_ids, self.seed))
+            answers = list(evaluator.verdicts(net, pixels, labels.to(device), sample_ids, self.seed, passes))
             rows = [self._rows(evaluator, own, fingerprint, answer, labels, sample_ids) for answer in answers]
             ledger.append(pd.concat(rows, ignore_index=True))
             names = [self.dataset.sample_name(int(i)) for i in sample_ids]

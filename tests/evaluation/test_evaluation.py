@@ -12,7 +12,8 @@ from scipy.stats import binomtest
 
 from ares_lightning.attacks import Threat, make_attack
 from ares_lightning.data import RobustDataModule, select_subset
-from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator, CurveEvaluator
+from ares_lightning.evaluation.curves import ExactCurve
+from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator
 from ares_lightning.evaluation.metrics import summarise, wilson_interval
 from ares_lightning.evaluation.run import Evaluation, model_fingerprint
 from ares_lightning.evaluation.verdicts import SCHEMA, Ledger
@@ -47,11 +48,12 @@ def evaluation(data, subset="first:50", **changes) -> Evaluation:
         "evaluators": [
             CleanEvaluator("clean"),
             AttackEvaluator("pgd4", attack),
-            CurveEvaluator("curve", attack, (0.05, 0.1, 0.2)),
+            ExactCurve("curve", attack, (0.05, 0.1, 0.2)),
         ],
         "threat": Threat("linf", 0.1),
         "dataset": select_subset(data.test_set, subset),
         "loader": data.evaluation_loader,
+        "batch_size": data.eval_batch_size,
         "subset": subset,
         **changes,
     }
@@ -138,8 +140,9 @@ def test_a_stopped_evaluation_goes_on_where_it_was(data, net, tmp_path):
     expected = pd.read_parquet(tmp_path / "whole" / "verdicts")
 
     def stopping(after):
-        def loader(dataset, *, skip):
-            for number, batch in enumerate(data.evaluation_loader(dataset, skip=skip)):
+        def loader(dataset, *, skip, batch_size):
+            loader = data.evaluation_loader(dataset, skip=skip, batch_size=batch_size)
+            for number, batch in enumerate(loader):
                 if number == after:
                     raise StopError
                 yield batch
@@ -149,7 +152,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(data, net, tmp_path):
     run_dir = tmp_path / "stopped"
     for after in (0, 2, 1):
         with pytest.raises(StopError):
-            evaluation(data, loader=stopping(after)).run(net, run_dir, CPU)
+            evaluation(data, loader=stopping(after), batch_size=4).run(net, run_dir, CPU)
         assert not (run_dir / "summary.json").exists()
     assert evaluation(data).run(net, run_dir, CPU) == whole
     rows = pd.read_parquet(run_dir / "verdicts")

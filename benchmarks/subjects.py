@@ -1,0 +1,178 @@
+"""What is attacked in a benchmark: a network, the copy of it that this project's attacks are run on, and images."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ares_lightning.attacks import make_attack
+from ares_lightning.data import ImageSet, load_image_sets
+from ares_lightning.data.datasets import FolderSource
+from ares_lightning.data.keyed import stratified_split
+from ares_lightning.models import Classifier, load_network, make_classifier
+from ares_lightning.models.folding import fold_batchnorm
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_EPS, DIGITS_EPS = 8 / 255, 0.1
+LAYOUT_TRIALS = 7
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network with images, and how it is called.
+
+    network: as given; peers attack this, and every adversarial image is judged by it. evaluated: the copy that
+    an evaluation by this project works on, its batch norms folded, in the memory layout that is faster here.
+    """
+
+    name: str
+    network: nn.Module
+    evaluated: nn.Module
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    eps: float
+    batch_size: int
+    folding: str
+    channels_last: bool
+
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Return images and labels in batches of `batch_size`."""
+        return list(zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True))
+
+
+def make_subject(
+    kind: str,
+    weights: Path | None,
+    folder: Path | None,
+    eps: float | None,
+    num_images: int,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+) -> Subject:
+    """Load the CIFAR ResNet-20 of a weights file and images of a folder; without files, train a CNN on digits."""
+    if weights is not None and folder is not None:
+        network: nn.Module = Classifier(_load_resnet20(weights), IMAGENET_MEAN, IMAGENET_STD)
+        images, labels = _read_folder(folder, num_images, seed)
+        num_classes, eps, name = 10, CIFAR_EPS if eps is None else eps, f"{kind} ResNet-20 ({weights.name})"
+    else:
+        eps = DIGITS_EPS if eps is None else eps
+        sets = load_image_sets("digits", None, img_size=8, in_chans=1, num_val=180, split_seed=0, seed=seed)
+        torch.manual_seed(seed)
+        network = make_classifier("cnn", in_chans=1, num_classes=10, img_size=8, mean=[0.305], std=[0.376])
+        _train(network, *_tensors(sets.train), eps if kind == "robust" else None, epochs)
+        images, labels = _tensors(sets.test.take(range(min(num_images, len(sets.test)))))
+        num_classes, name = 10, f"{kind} CNN on digits, {epochs} epochs"
+    network = network.eval().requires_grad_(False).to(device)
+    images, labels = images.to(device), labels.to(device)
+    folded = fold_batchnorm(network, (images.shape[1], images.shape[2], images.shape[3]))
+    channels_last = copy.deepcopy(folded.network).to(memory_format=torch.channels_last)
+    contiguous = copy.deepcopy(folded.network).to(memory_format=torch.contiguous_format)
+    seconds = _pass_seconds([contiguous, channels_last], images[:batch_size])
+    faster = seconds[1] < seconds[0]
+    return Subject(
+        name=name,
+        network=network,
+        evaluated=channels_last if faster else contiguous,
+        images=images,
+        labels=labels,
+        num_classes=num_classes,
+        eps=eps,
+        batch_size=batch_size,
+        folding=str(folded),
+        channels_last=faster,
+    )
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 for 32x32 images, shortcuts of option A (He et al. 2016, arXiv 1512.03385, section 4.2)."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(_Block(16, 16) for _ in range(3)))
+        self.layer2 = nn.Sequential(_Block(16, 32), _Block(32, 32), _Block(32, 32))
+        self.layer3 = nn.Sequential(_Block(32, 64), _Block(64, 64), _Block(64, 64))
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map normalised images [N, 3, H, W] to logits [N, num_classes]."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions; where the width grows, the shortcut takes every other pixel and pads with zeros."""
+
+    def __init__(self, in_chans: int, out_chans: int) -> None:
+        super().__init__()
+        self.stride, self.padding = (1, 0) if in_chans == out_chans else (2, (out_chans - in_chans) // 2)
+        self.conv1 = nn.Conv2d(in_chans, out_chans, 3, self.stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_chans)
+        self.conv2 = nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_chans)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.padding:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(y + x)
+
+
+def _load_resnet20(path: Path) -> ResNet20:
+    """Read a state dict, plain or under `state_dict`, with or without the prefix of DataParallel."""
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    weights = {key.removeprefix("module."): value for key, value in stored.get("state_dict", stored).items()}
+    network = ResNet20()
+    load_network(network, weights, path, prefix="")
+    return network
+
+
+def _read_folder(folder: Path, num_images: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Pick images of `folder/<class>/` in equal shares."""
+    source = FolderSource("images", folder.resolve().parent, folder.resolve().name)
+    picked = stratified_split(source.labels, num_images, "benchmark", seed)[0]
+    return _tensors(ImageSet(source, picked, in_chans=3))
+
+
+def _tensors(images: ImageSet) -> tuple[Tensor, Tensor]:
+    return torch.stack([images[i][0] for i in range(len(images))]) / 255, images.labels
+
+
+def _train(network: nn.Module, images: Tensor, labels: Tensor, eps: float | None, epochs: int) -> None:
+    """Train for a few seconds, on PGD-3 images where `eps` is given."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    attack = None if eps is None else make_attack("pgd", eps=eps, steps=3)
+    network.train()
+    for _ in range(epochs):
+        for rows in torch.randperm(len(images)).split(64):
+            batch = images[rows]
+            if attack is not None:
+                batch = attack.craft(network, batch, labels[rows])
+            optimizer.zero_grad()
+            F.cross_entropy(network(batch), labels[rows]).backward()
+            optimizer.step()
+
+
+def _pass_seconds(networks: list[nn.Module], images: Tensor) -> list[float]:
+    """Return the median time of a forward and backward of each network, taken in turn."""
+    seconds: list[list[float]] = [[] for _ in networks]
+    for _ in range(LAYOUT_TRIALS):
+        for network, times in zip(networks, seconds, strict=True):
+            points = images.clone().requires_grad_()
+            start = time.perf_counter()
+            float(torch.autograd.grad(network(points).sum(), points)[0].sum())
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]

@@ -1,0 +1,80 @@
+"""The benchmark runs anywhere, without files, and says on what and how it was run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attacks.py"
+
+
+def run_benchmark(output: Path, *arguments: str) -> dict:
+    settings = ["--n", "8", "--batch-size", "4", "--repeats", "2", "--threads", "1"]
+    command = [sys.executable, str(SCRIPT), *settings, "--output", str(output), *arguments]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert str(output) in printed
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    output = tmp_path_factory.mktemp("benchmark") / "digits.json"
+    return run_benchmark(output, "--attacks", "pgd", "--epochs", "1")
+
+
+def test_the_report_says_on_what_and_how_it_was_run(report):
+    assert report["command"].startswith("python benchmarks/attacks.py --n 8")
+    assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert report["hardware"]["device"]
+    assert report["hardware"]["threads"] == 1
+    assert report["subject"]["images"] == 8
+    assert report["subject"]["eps"] == 0.1
+    assert report["ares"]["network"] == "3 of 3 batch norms folded"
+    assert {"date", "revision", "memory", "repeats"} <= report.keys()
+
+
+def test_every_contender_has_the_same_columns_and_ours_comes_first(report):
+    (contest,) = report["contests"]
+    rows = contest["rows"]
+    assert [row["package"] for row in rows][:2] == ["ares_lightning"] * 2
+    assert rows[0]["times"] == 1
+    for row in rows:
+        assert row.keys() == rows[0].keys()
+        assert len(row["seconds"]) == 2
+        assert row["median_seconds"] > 0
+        assert len(row["robust_accuracy"]) == len(contest["budgets"]) == 1
+        assert 0 <= row["robust_accuracy"][0] <= report["subject"]["clean_accuracy"]
+        assert row["largest_distance"] <= 0.1 + 1e-6
+
+
+def test_passes_are_counted_by_what_reaches_the_network(report):
+    rows = {row["package"]: row for row in report["contests"][0]["rows"]}
+    ours = rows["ares_lightning"]
+    assert 1 <= ours["forwards_per_image"] <= 12
+    assert ours["backwards_per_image"] <= 10
+    if "foolbox" in rows:
+        assert rows["foolbox"]["backwards_per_image"] == 10
+
+
+def test_a_resnet20_is_read_from_published_weights_and_images_from_a_folder(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    subjects = importlib.import_module("subjects")
+    weights = {f"module.{key}": value for key, value in subjects.ResNet20().state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "weights.th")
+    for k in range(8):
+        (tmp_path / "images" / f"class{k % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (30 * k, 99, 0)).save(tmp_path / "images" / f"class{k % 2}" / f"{k}.png")
+    subject = subjects.make_subject(
+        "clean", tmp_path / "weights.th", tmp_path / "images", None, 4, 2, 0, 0, torch.device("cpu")
+    )
+    assert subject.images.shape == (4, 3, 32, 32)
+    assert sorted(subject.labels.tolist()) == [0, 0, 1, 1], "the classes have equal shares"
+    assert subject.folding == "19 of 19 batch norms folded"
+    torch.testing.assert_close(subject.evaluated(subject.images), subject.network(subject.images))
