@@ -28,8 +28,9 @@ LAYOUT_TRIALS = 7
 class Subject:
     """A network with images, and how it is called.
 
-    network: as given; peers attack this, and every adversarial image is judged by it. evaluated: the copy that
-    an evaluation by this project works on, its batch norms folded, in the memory layout that is faster here.
+    network: as given, its parameters not frozen; peers attack this, and every adversarial image is judged by it.
+    evaluated: the copy that an evaluation by this project works on, its batch norms folded, in the memory layout
+    that is faster here.
     """
 
     name: str
@@ -72,7 +73,7 @@ def make_subject(
         _train(network, *_tensors(sets.train), eps if kind == "robust" else None, epochs)
         images, labels = _tensors(sets.test.take(range(min(num_images, len(sets.test)))))
         num_classes, name = 10, f"{kind} CNN on digits, {epochs} epochs"
-    network = network.eval().requires_grad_(False).to(device)
+    network = network.eval().to(device)
     images, labels = images.to(device), labels.to(device)
     folded = fold_batchnorm(network, (images.shape[1], images.shape[2], images.shape[3]))
     channels_last = copy.deepcopy(folded.network).to(memory_format=torch.channels_last)

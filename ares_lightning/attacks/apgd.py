@@ -149,8 +149,13 @@ class APGDT(_APGD):
 
 
 def likeliest_wrong_classes(search: Search, count: int) -> Tensor:
-    """Return the classes with the largest clean logits but the label, int64 [n, at most `count`]."""
+    """Return the classes with the largest clean logits but the label, int64 [n, at most `count`].
+
+    Raises ValueError for soft labels.
+    """
     logits = search.clean_logits()
+    if search.labels.ndim != 1:
+        raise ValueError("targets taken from the clean logits need class labels [N], not soft labels [N, C]")
     others = logits.scatter(1, search.labels[:, None], -torch.inf)
     return others.argsort(dim=1, descending=True, stable=True)[:, : min(count, logits.shape[1] - 1)]
 

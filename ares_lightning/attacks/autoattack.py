@@ -23,8 +23,8 @@ class AutoAttack(Attack):
     """AutoAttack with the settings of its authors (Croce & Hein 2020, arXiv 2003.01690, and their implementation).
 
     version: `standard` is APGD-CE, APGD-T, FAB-T (9 targets each, or as many as there are) and Square (5,000
-        queries); for L1 APGD-CE has 5 restarts and APGD-T 5 targets. `plus` adds APGD-DLR and untargeted FAB, with 5
-        restarts each as for APGD-CE. `rand` is APGD-CE and APGD-DLR for randomised models, with `eot` 20 unless
+        queries); for L1 APGD-CE has 5 restarts and APGD-T 5 targets. `plus` adds APGD-DLR and untargeted FAB, with
+        5 restarts each as for APGD-CE. `rand` is APGD-CE and APGD-DLR for randomised models, with `eot` 20 unless
         more than one draw is asked for.
 
     A sample that withstands version standard costs 8,820 F-equivalents for L-inf and L2 (a forward or a backward

@@ -35,7 +35,7 @@ class FAB(Attack):
 
     steps: 100.
     restarts: 1; the first starts from the clean image, others from random points half as far from it as the nearest
-        adversarial example found or the budget, whichever is less (without either: half of L-inf 0.3, L2 1, L1 5).
+        adversarial example found or the budget, whichever is less (in place of no budget: L-inf 0.3, L2 1, L1 5).
     max_bias: the largest weight of the step from the clean image against that from the iterate, 0.1 (α_max).
     extrapolation: length of the steps, in distances to the linearised boundary, 1.05 (η).
     backward_step: share of its displacement that an adversarial iterate keeps, 0.9 (β).
@@ -141,7 +141,7 @@ class FAB(Attack):
         return passed.broken
 
     def _stepped(self, search: Search, rows: Rows) -> Tensor:
-        """Step to the boundary from the iterate and from the clean image, go past it, and average (eq. 8 and 9)."""
+        """Step to the boundary from the iterate and from the clean image, go past it, and average (algorithm 1)."""
         images, clean = rows.images, search.clean
         rise = (rows.normal.double() * (images.double() - clean.double()).flatten(1)).sum(1)
         ahead = boundary_step(images, rows.normal, rows.value, self.norm)

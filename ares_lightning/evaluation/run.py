@@ -22,6 +22,7 @@ from ares_lightning.data import Batch, ImageSet
 from ares_lightning.evaluation.evaluators import Evaluator, Verdicts
 from ares_lightning.evaluation.metrics import summarise
 from ares_lightning.evaluation.verdicts import Ledger
+from ares_lightning.models.folding import fold_batchnorm
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """The type of images, weights and verdicts; bf16 is that of the passes in which an attack searches."""
@@ -71,17 +72,22 @@ class Evaluation:
     def run(self, net: nn.Module, run_dir: Path, device: torch.device) -> list[dict[str, Any]]:
         """Take the verdicts that `run_dir` does not hold yet, and return the summary rows.
 
-        Writes `verdicts/`, `examples.npz` and `summary.json`. A run that was stopped goes on where it was;
-        verdicts of other models, as of an earlier stage of the same training, stay in the table and do not count.
+        The network is put into eval mode, and asked with its batch norms folded into the layers before them where
+        that changes no logit but by rounding. Writes `verdicts/`, `examples.npz` and `summary.json`. A run that was
+        stopped goes on where it was; verdicts of other models, as of an earlier stage of the same training, stay in
+        the table and do not count.
         """
         fingerprint = model_fingerprint(net)
         ledger = Ledger(run_dir / "verdicts")
         known = self._asked(ledger.read(), fingerprint)
-        net = net.to(device=device, dtype=PRECISIONS[self.precision])
+        channels, height, width = self.dataset[0][0].shape
+        folded = fold_batchnorm(net.eval().to(device, PRECISIONS[self.precision]), (channels, height, width))
         examples = _Examples(self.dataset.classes)
         with _progress() as progress:
+            if folded.num_folded or folded.kept:
+                progress.console.print(f"for the evaluation, {folded}", highlight=False)
             for evaluator in self.evaluators:
-                self._ask(evaluator, net, ledger, known, examples, progress, device, fingerprint)
+                self._ask(evaluator, folded.network, ledger, known, examples, progress, device, fingerprint)
                 examples.write(run_dir / "examples.npz")
         current = {evaluator.fingerprint(self.seed, self.precision) for evaluator in self.evaluators}
         verdicts = self._asked(ledger.read(), fingerprint)

