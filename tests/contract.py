@@ -18,6 +18,7 @@ from ares_lightning.attacks.threat import BALLS
 
 ROWS = {row.name: row for row in list_attacks()}
 CASES = [(row.name, norm) for row in ROWS.values() for norm in row.norms]
+COLUMNS = ("images", "broken", "distance", "forwards", "backwards", "clean_prediction", "adversarial_prediction")
 TARGETED_ONLY = {"tta"}
 EPS = {"linf": 0.1, "l2": 0.6, "l1": 3.0}
 

@@ -7,13 +7,24 @@ import sys
 
 import pytest
 import torch
-from contract import CASES, CHEAP, EPS, LONG, ROWS, TARGETED_ONLY, cheap, check_defaults, check_outcome, every_pair
+from contract import (
+    CASES,
+    CHEAP,
+    COLUMNS,
+    EPS,
+    LONG,
+    ROWS,
+    TARGETED_ONLY,
+    cheap,
+    check_defaults,
+    check_outcome,
+    every_pair,
+)
 from networks import Counting, SmallNet, predicted
 
 NAMES = list(ROWS)
 WEAK = {"noise", "cda", "tta"}
 """Attacks of which nothing can be expected in these tests: noise, an untrained generator, a hard task."""
-COLUMNS = ("images", "broken", "distance", "forwards", "backwards", "clean_prediction", "adversarial_prediction")
 
 
 def test_every_attack_has_cheap_settings_for_these_tests():
