@@ -19,6 +19,7 @@ from ares_lightning.evaluation.curves import BracketedCurve, ExactCurve
 PGD_STEPS, STEP_SIZE = 10, 1 / 4  # the step in multiples of eps: 2/255 at 8/255
 AUTO_STEPS, QUERIES, TARGETS = 100, 5000, 9
 FMN_STEPS, DEEPFOOL_STEPS, CW_SEARCHES, CW_STEPS = 100, 50, 9, 100
+L2_BUDGET = 16.0  # in multiples of the L-inf eps: 0.5 at 8/255
 CURVE = tuple(k / 4 for k in range(1, 10))
 
 Run = Callable[[Subject, int], Tensor]
@@ -236,6 +237,7 @@ CONTESTS = {
             foolbox(lambda attacks: attacks.L2DeepFoolAttack(steps=DEEPFOOL_STEPS), budgets=None),
         ),
         norm="l2",
+        budgets=(L2_BUDGET,),
     ),
     "cw": Contest(
         "cw",
@@ -248,6 +250,7 @@ CONTESTS = {
             ),
         ),
         norm="l2",
+        budgets=(L2_BUDGET,),
     ),
     "curve": Contest(
         "pgd",

@@ -14,6 +14,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+MAX_CLIPPINGS = 32
+"""Rounds of the L2 projection, of which each but the last clips another pixel; short of the last, points lie inside."""
+
 Budget = float | Tensor
 NoiseSource = Callable[[str, tuple[int, ...]], Tensor]
 """Draws per-sample random numbers: kind ("uniform" in [-1, 1) or "normal") and shape to a tensor [N, *shape]."""
@@ -90,20 +93,20 @@ class _L2(Ball):
     def project(self, images: Tensor, clean: Tensor, eps: Budget) -> Tensor:
         """Scale the perturbation by the one factor s at which `min(s·|delta|, room)` has norm eps.
 
-        The KKT conditions of min ‖z − delta‖² over the ball and the box give z = clip(s·delta); the norm is
-        monotone in s and its breakpoints are room/|delta|, so s follows from one sort.
+        The KKT conditions of min ‖z − delta‖² over the ball and the box give z = clip(s·delta). Given which pixels
+        the box clips, s follows; a larger s clips more of them. From the s that clips none, this climbs to the
+        answer in a few rounds without ever passing it.
         """
         size, room, budget = _magnitudes(images, clean, eps)
-        ratio = torch.where(size > 0, room / size, torch.inf)
-        ratio, order = ratio.sort(dim=1)
-        clipped = room.gather(1, order).square().cumsum(1)
-        free = size.gather(1, order).square().flip(1).cumsum(1).flip(1)
-        before = torch.cat([torch.zeros_like(clipped[:, :1]), clipped[:, :-1]], dim=1)
-        norms = before + torch.where(free > 0, ratio.square() * free, torch.inf)
-        place = (norms < budget.square()).sum(1, keepdim=True).clamp_(max=norms.shape[1] - 1)
-        left = (budget.square() - before.gather(1, place)).clamp_(min=0)
-        rest = free.gather(1, place)
-        scale = torch.where(rest > 0, (left / rest).sqrt(), torch.inf).clamp_(max=1)
+        square = size.square()
+        scale = _scale_to(budget.square(), square.sum(1, keepdim=True))
+        for _ in range(MAX_CLIPPINGS):
+            clipped = size * scale > room
+            left = budget.square() - torch.where(clipped, room.square(), 0).sum(1, keepdim=True)
+            larger = _scale_to(left, torch.where(clipped, 0, square).sum(1, keepdim=True)).maximum(scale)
+            if scale.device.type == "cpu" and torch.equal(larger, scale):
+                break  # on a device, reading this would cost more than the rounds
+            scale = larger
         kept = torch.minimum(size * scale, room)
         norm = torch.linalg.vector_norm(kept, dim=1, keepdim=True)
         return _displace(clean, images, kept * _shrink(norm, budget))
@@ -178,6 +181,11 @@ def _magnitudes(images: Tensor, clean: Tensor, eps: Budget) -> tuple[Tensor, Ten
     delta = (images.double() - clean.double()).flatten(1)
     room = torch.where(delta > 0, 1 - clean.double().flatten(1), clean.double().flatten(1))
     return delta.abs(), room, torch.as_tensor(eps, dtype=torch.float64, device=clean.device).reshape(-1, 1)
+
+
+def _scale_to(wanted: Tensor, square: Tensor) -> Tensor:
+    """Return the factor, at most 1, that gives what has the squared norm `square` the squared norm `wanted`."""
+    return torch.where(square > 0, (wanted.clamp(min=0) / square).sqrt(), 1).clamp_(max=1)
 
 
 def _shrink(norm: Tensor, budget: Tensor) -> Tensor:
