@@ -67,7 +67,7 @@ _GROUPS = (
     "callbacks",
     "launch",
 )
-_SINGLE_KEYS = ("threat", "name", "seed", "run_dir", "ckpt", "resume", "subset", "precision", "device")
+_SINGLE_KEYS = ("threat", "name", "seed", "run_dir", "ckpt", "resume", "subset", "precision", "compile", "device")
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -77,6 +77,8 @@ def check_keys(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}: no such key; {_HOW_TO_LIST_KEYS}")
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         raise ConfigError(f"seed={cfg.seed}: expected a whole number from 0 to 4294967295")
+    if type(cfg.compile) is not bool:
+        raise ConfigError(f"compile={cfg.compile}: expected true or false")
 
 
 def build_threat(cfg: DictConfig) -> Threat:
@@ -244,6 +246,7 @@ def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
             subset=cfg.subset,
             precision=cfg.precision,
             seed=cfg.seed,
+            compile=cfg.compile,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

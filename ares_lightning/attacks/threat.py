@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MAX_CLIPPINGS = 32
-"""Rounds of the L2 projection, of which each but the last clips another pixel; short of the last, points lie inside."""
+"""Rounds of the L2 projection; each but the last clips a pixel more. Were they too few, points would lie inside."""
 
 Budget = float | Tensor
 NoiseSource = Callable[[str, tuple[int, ...]], Tensor]

@@ -38,7 +38,8 @@ class Evaluation:
     evaluators: asked in this order; threat: the threat model of the headline; precision: `fp32` or `fp64`, or
     `bf16` for searches under bf16 autocast with verdicts in fp32; seed: of all noise; dataset: the images; subset:
     how they were chosen from their set, for the record; loader: makes batches of them in canonical order,
-    `loader(dataset, skip=<sample ids>, batch_size=<images>)`; batch_size: images in one pass of the network.
+    `loader(dataset, skip=<sample ids>, batch_size=<images>)`; batch_size: images in one pass of the network;
+    compile: by torch.compile, which takes a while and pays off in long evaluations.
     """
 
     evaluators: Sequence[Evaluator]
@@ -49,6 +50,7 @@ class Evaluation:
     subset: str | None = None
     precision: str = "fp32"
     seed: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -82,6 +84,8 @@ class Evaluation:
         known = self._asked(ledger.read(), fingerprint)
         channels, height, width = self.dataset[0][0].shape
         folded = fold_batchnorm(net.eval().to(device, PRECISIONS[self.precision]), (channels, height, width))
+        if self.compile:
+            folded.network.compile(dynamic=True)
         examples = _Examples(self.dataset.classes)
         with _progress() as progress:
             if folded.num_folded or folded.kept:
