@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -256,26 +257,32 @@ def build_evaluators(cfg: DictConfig) -> Sequence[Evaluator]:
     """Build the evaluators of `eval`, in the order in which they are named."""
     evaluators: list[Evaluator] = []
     for name, settings in _plain(cfg.get("eval")).items():
-        kind = settings["type"]
-        if kind == "clean":
-            evaluators.append(CleanEvaluator(name))
-        elif kind == "attack":
-            evaluators.append(AttackEvaluator(name, _attack(f"eval.{name}.attack", settings["attack"])))
-        elif kind == "curve":
-            attack = _attack(f"eval.{name}.attack", settings["attack"])
-            with section(f"eval.{name}"):
-                given = None if settings["eps"] is None else [parse_budget(eps) for eps in settings["eps"]]
-                evaluators.append(_curve(name, attack, curve_budgets(attack.threat.eps, given), settings["mode"]))
-        else:
+        kind = settings.pop("type", None)
+        if kind not in _EVALUATORS:
             raise ConfigError(f"eval.{name}.type={kind}: expected clean, attack or curve")
+        if "attack" in settings:
+            settings["attack"] = _attack(f"eval.{name}.attack", settings["attack"])
+        with section(f"eval.{name}"):
+            evaluators.append(_EVALUATORS[kind](name, **settings))
     return evaluators
 
 
-def _curve(name: str, attack: Attack, budgets: tuple[float, ...], mode: str) -> Curve:
-    curves = {"exact": ExactCurve, "bracketed": BracketedCurve, "bisected": BisectedCurve}
+def _curve(name: str, attack: Attack, eps: Sequence[object] | None, mode: str, **settings: Any) -> Curve:
+    curves: dict[str, type[Curve]] = {"exact": ExactCurve, "bracketed": BracketedCurve, "bisected": BisectedCurve}
     if mode not in curves:
         raise ValueError(f"mode={mode}: expected one of {', '.join(curves)}")
-    return curves[mode](name, attack, budgets)
+    given = None if eps is None else [parse_budget(budget) for budget in eps]
+    for key in settings:
+        if key not in {field.name for field in fields(curves[mode])}:
+            raise ValueError(f"{key}={settings[key]}: not a key of mode={mode}")
+    return curves[mode](name, attack, curve_budgets(attack.threat.eps, given), **settings)
+
+
+_EVALUATORS: dict[str, Callable[..., Evaluator]] = {
+    "clean": CleanEvaluator,
+    "attack": AttackEvaluator,
+    "curve": _curve,
+}
 
 
 def _attack(key: str, settings: dict[str, Any]) -> Attack:

@@ -36,6 +36,7 @@ from ares_lightning.build import (
     rehearse,
 )
 from ares_lightning.data import ImageError
+from ares_lightning.evaluation.curves import Curve
 from ares_lightning.evaluation.report import write_report
 from ares_lightning.evaluation.run import Evaluation, model_fingerprint
 from ares_lightning.evaluation.verdicts import Ledger
@@ -140,15 +141,17 @@ def _evaluate(evaluation: Evaluation, net: torch.nn.Module, run_dir: Path, devic
     except ValueError as error:
         raise ConfigError(str(error)) from error
     report = write_report([run_dir], run_dir / "report.html")
-    for row in summary:
-        if row["evaluator"] != "curve":
-            budget = "" if row["norm"] is None else f" ({row['norm']} {row['eps']:.4g})"
-            print(
-                f"{row['evaluator']:>12}: {row['metric'].replace('_', ' ')}{budget} {row['value']:.1%} "
-                f"[{row['low']:.1%}, {row['high']:.1%}], n = {row['n']}"
-            )
+    curves = {evaluator.name for evaluator in evaluation.evaluators if isinstance(evaluator, Curve)}
+    shown = [row for row in summary if row["evaluator"] not in curves]
+    for row in shown:
+        eps = "any budget" if row["eps"] is None else f"{row['eps']:.4g}"
+        budget = "" if row["norm"] is None else f" ({row['norm']} {eps})"
+        print(
+            f"{row['evaluator']:>12}: {row['metric'].replace('_', ' ')}{budget} {row['value']:.1%} "
+            f"[{row['low']:.1%}, {row['high']:.1%}], n = {row['n']}"
+        )
     print(f"report: {report}")
-    return {f"{row['evaluator']}/{row['metric']}": row["value"] for row in summary if row["evaluator"] != "curve"}
+    return {f"{row['evaluator']}/{row['metric']}": row["value"] for row in shown}
 
 
 def train_main() -> None:

@@ -171,7 +171,7 @@ def test_wandb_works_offline_and_can_be_read_back(tmp_path):
 def test_every_choice_composes_and_builds(group, choice, tmp_path):
     listed = group in ("trick", "eval")
     choice = f"[{choice}]" if listed else choice
-    extra = ["logger.offline=true"] if choice == "wandb" else []
+    extra = {"wandb": ["logger.offline=true"], "cda": ["attack.generator=weights.pt"]}.get(choice, [])
     cfg = composed("train", f"{group}={choice}", f"run_dir={tmp_path}", *extra)
     data = build.build_data(cfg)
     build.build_module(cfg, data)
@@ -260,6 +260,8 @@ MISTAKES = [
     (["train.py", "precision=fp12"], "precision=fp12"),
     (["train.py", "model=timm"], "model.name: must be given"),
     (["train.py", "eval.pgd20.attack.steps=x"], "eval.pgd20.attack.steps=x"),
+    (["train.py", "eval=attack", "attack=cda"], "attack.generator: must be given"),
+    (["train.py", "eval=attack", "attack=tta"], "eval.attack.targets=null: tta knows a targeted form only"),
     (["train.py", "data=cifar10"], "data.root=null"),
     (["train.py", "data=cifar10", "data.root=/nowhere"], "data.root=/nowhere: does not exist"),
     (["evaluate.py"], "ckpt=null"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -62,6 +64,7 @@ class Attack(ABC):
     kind: ClassVar[str]
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
     targeted: ClassVar[bool] = True
+    needs_targets: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = True
     nearest: ClassVar[bool] = False
     paper: ClassVar[str]
@@ -86,6 +89,17 @@ class Attack(ABC):
     def ball(self) -> Ball:
         """The geometry of the norm."""
         return BALLS[self.norm]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the name and every setting, the same in every process; of a file the path counts."""
+        return hashlib.blake2b(json.dumps(self._identity()).encode(), digest_size=8).hexdigest()
+
+    def _identity(self) -> list[Any]:
+        """Return what tells the attack from others, as plain values."""
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        numbers = {key: float(value) for key, value in settings.items() if type(value) is int}
+        return [self.name, *sorted((settings | numbers).items())]
 
     def replace(self, **changes: Any) -> Self:
         """Return the attack with some settings changed; another norm needs its own `eps`, else ValueError."""
@@ -176,8 +190,7 @@ class Attack(ABC):
             raise ValueError(f"labels have shape {list(labels.shape)}; a verdict needs class labels [N]")
         if precision not in PRECISIONS or (precision == "bf16" and images.dtype != torch.float32):
             raise ValueError(f"precision={precision}: expected fp32, or bf16 with float32 images")
-        if targets is not None and not self.targeted:
-            raise ValueError(f"targets are given, but {self.name} knows no targeted form; see list_attacks()")
+        self._check_targets(targets is not None)
         _check_values(images, labels, targets)
         budgets = self._budgets(images, eps)
         passes = Passes(batch_size, precision, self.eot)
@@ -231,8 +244,7 @@ class Attack(ABC):
         Raises ValueError as the call does; the values of tensors that lie on an accelerator are not read.
         """
         images, labels, targets, ids = _checked(images, labels, targets, sample_ids)
-        if targets is not None and not self.targeted:
-            raise ValueError(f"targets are given, but {self.name} knows no targeted form; see list_attacks()")
+        self._check_targets(targets is not None)
         if images.device.type == "cpu":
             _check_values(images, labels, targets)
         objective = self._objective() if loss is None else as_objective(loss)
@@ -261,6 +273,15 @@ class Attack(ABC):
                 self._run(search)
                 search.close()
             return search
+
+    def _check_targets(self, are_given: bool) -> None:
+        """Raise ValueError for targets where the method has no targeted form, or none where it has no other."""
+        if are_given and not self.targeted:
+            raise ValueError(f"targets are given, but {self.name} knows no targeted form; see list_attacks()")
+        if self.needs_targets and not are_given:
+            raise ValueError(
+                f"{self.name} knows a targeted form only; give targets=, the class that each image is to become"
+            )
 
     def _budgets(self, images: Tensor, eps: Tensor | None) -> Tensor:
         """Return the budget of each sample, float64 [N]."""

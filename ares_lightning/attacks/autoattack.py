@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ares_lightning.attacks.apgd import APGDCE, APGDDLR, APGDT
 from ares_lightning.attacks.attack import Attack
@@ -64,6 +64,9 @@ class AutoAttack(Attack):
         if self.version == "rand":
             return apgd
         return (*apgd, FAB(norm=norm, eps=eps, steps=100, restarts=restarts), square, apgd_t, fab_t)
+
+    def _identity(self) -> list[Any]:
+        return [*super()._identity(), *(attack._identity() for attack in self.members)]
 
     def _run(self, search: Search) -> None:
         if not search.feedback:

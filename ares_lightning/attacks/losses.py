@@ -41,7 +41,7 @@ LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "logit": negat
 def class_logits(logits: Tensor, classes: Tensor) -> Tensor:
     """Return the logit of each sample's class, [N]; raise ValueError for soft labels, which name no class."""
     if classes.ndim != 1:
-        raise ValueError("a loss on margins needs class labels [N]; soft labels [N, C] go with loss=ce")
+        raise ValueError("loss=margin, logit or dlr: needs class labels [N]; soft labels [N, C] go with loss=ce")
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 

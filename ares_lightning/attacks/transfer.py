@@ -238,6 +238,7 @@ class TTA(TIM):
     """
 
     name: ClassVar[str] = "tta"
+    needs_targets: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2012.11207"
 
     steps: int = 300
@@ -251,13 +252,6 @@ class TTA(TIM):
 
     def _step_size(self, eps: Tensor) -> Budget:
         return eps / TTA_STEPS_TO_EDGE if self.step_size is None else float(self.step_size)
-
-    def _run(self, search: Search) -> None:
-        if search.targets is None:
-            raise ValueError(
-                "tta knows a targeted form only; give targets=, the class that each image is to become"
-            )
-        super()._run(search)
 
     def _normalized(self, gradient: Tensor) -> Tensor:
         return gradient

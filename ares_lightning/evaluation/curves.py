@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ares_lightning.attacks import Attack, Outcome, make_attack
+from ares_lightning.attacks import Attack, Outcome, make_attack, parse_budget
 from ares_lightning.attacks.attack import check_count
 from ares_lightning.attacks.search import Passes
 from ares_lightning.evaluation.evaluators import Evaluator, Verdicts, clean_outcome, with_found
@@ -35,6 +36,11 @@ class Curve(Evaluator):
 
     attack: Attack
     eps: tuple[float, ...]
+
+    @property
+    def attack_fingerprint(self) -> str:
+        """The fingerprint of the attack, whose own budget is part of it though others are tried."""
+        return self.attack.fingerprint
 
     def __post_init__(self) -> None:
         if not self.eps or list(self.eps) != sorted(set(self.eps)):
@@ -107,18 +113,22 @@ class BisectedCurve(Curve):
     before a sample counts as never broken, 5. bisections: 10. Costs up to 15 attacks.
     """
 
-    start: float | None = None
+    start: float | str | None = None
     doublings: int = 5
     bisections: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        start = self.attack.threat.eps / 2 if self.start is None else parse_budget(self.start, "start")
+        if not 0 < start < math.inf:
+            raise ValueError(f"start={self.start}: expected a budget above 0; the attack has {self.attack.eps}")
+        object.__setattr__(self, "start", start)
         check_count("doublings", self.doublings)
         check_count("bisections", self.bisections)
 
     def _search(self, bounds: _Bounds) -> None:
         last = len(self.eps) - 1
-        eps = torch.full_like(bounds.radius, self.start or self.attack.threat.eps / 2)
+        eps = torch.full_like(bounds.radius, self.start)  # type: ignore[arg-type]
         withstood = torch.zeros_like(eps)
         for _ in range(self.doublings):
             tried = bounds.radius.isinf()

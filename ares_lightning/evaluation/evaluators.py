@@ -12,17 +12,24 @@ from torch import Tensor, nn
 
 from ares_lightning.attacks import Attack, Outcome
 from ares_lightning.attacks.guard import full_precision, guarded
+from ares_lightning.attacks.noise import sample_noise
 from ares_lightning.attacks.search import Passes, predict
+
+TARGETS = ("random", "least_likely")
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The outcome of one attack at one budget on one batch; no attack (`norm` None) means the clean images."""
+    """The outcome of one attack at one budget on one batch; no attack (`norm` None) means the clean images.
+
+    targets: int64 [N], the classes that a targeted attack aimed at.
+    """
 
     attack: str
     norm: str | None
     eps: float
     outcome: Outcome
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,13 @@ class Evaluator(ABC):
 
     def fingerprint(self, seed: int, precision: str) -> str:
         """Return a hash of everything that decides this evaluator's verdicts on a given model and sample."""
-        return hashlib.blake2b(f"{self!r} {seed} {precision}".encode(), digest_size=8).hexdigest()
+        parts = f"{self!r} {self.attack_fingerprint} {seed} {precision}"
+        return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
+
+    @property
+    def attack_fingerprint(self) -> str | None:
+        """The fingerprint of the attack that is run, None where there is none."""
+        return None
 
     @abstractmethod
     def verdicts(
@@ -58,30 +71,80 @@ class CleanEvaluator(Evaluator):
 
 @dataclass(frozen=True)
 class AttackEvaluator(Evaluator):
-    """Does the attack break the sample within its budget?"""
+    """Does the attack break the sample within its budget?
+
+    targets: None, any wrong class counts; `random`, a wrong class drawn for each sample from seed and sample id, or
+        `least_likely`, the one with the smallest clean logit. Then that class alone counts, and what is
+        misclassified from the start is broken without an attack. The classes cost one forward more.
+    """
 
     attack: Attack
+    targets: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.targets not in (None, *TARGETS):
+            raise ValueError(f"targets={self.targets}: expected null, {' or '.join(TARGETS)}")
+        if self.targets is None and self.attack.needs_targets:
+            raise ValueError(
+                f"targets=null: {self.attack.name} knows a targeted form only; expected {' or '.join(TARGETS)}"
+            )
+        if self.targets is not None and not self.attack.targeted:
+            raise ValueError(f"targets={self.targets}: {self.attack.name} knows no targeted form; expected null")
+
+    @property
+    def attack_fingerprint(self) -> str:
+        """The fingerprint of the attack."""
+        return self.attack.fingerprint
 
     def verdicts(
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
     ) -> Iterator[Verdicts]:
         """Yield the attack's verdicts."""
-        outcome = self.attack(
-            net,
-            images,
-            labels,
-            sample_ids=sample_ids,
-            seed=seed,
-            batch_size=passes.batch_size,
-            precision=passes.precision,
-        )
-        yield Verdicts(self.attack.name, self.attack.norm, self.attack.threat.eps, outcome)
+
+        def attack(images: Tensor, labels: Tensor, ids: Tensor, targets: Tensor | None = None) -> Outcome:
+            return self.attack(
+                net,
+                images,
+                labels,
+                targets=targets,
+                sample_ids=ids,
+                seed=seed,
+                batch_size=passes.batch_size,
+                precision=passes.precision,
+            )
+
+        targets = None
+        if self.targets is None:
+            outcome = attack(images, labels, sample_ids)
+        else:
+            logits, prediction = _predict_clean(net, images, Passes(passes.batch_size, eot=self.attack.eot))
+            targets = self._classes(logits, labels, sample_ids, seed)
+            right = (prediction == labels).nonzero().squeeze(1)
+            found = attack(images[right], labels[right], sample_ids[right.to(sample_ids.device)], targets[right])
+            everyone = torch.arange(len(right), device=right.device)
+            outcome = with_found(_unattacked(images, labels, prediction), right, found, everyone)
+        yield Verdicts(self.attack.name, self.attack.norm, self.attack.threat.eps, outcome, targets)
+
+    def _classes(self, logits: Tensor, labels: Tensor, sample_ids: Tensor, seed: int) -> Tensor:
+        """Return a wrong class of each sample, int64 [N]."""
+        if self.targets == "least_likely":
+            return logits.scatter(1, labels[:, None], torch.inf).argmin(1)
+        draw = sample_noise("uniform", (seed, "targets"), sample_ids.tolist(), (1,), logits.double()).squeeze(1)
+        other = ((draw + 1) / 2 * (logits.shape[1] - 1)).long()
+        return other + (other >= labels)
 
 
 def clean_outcome(net: nn.Module, images: Tensor, labels: Tensor, passes: Passes) -> Outcome:
     """Return what the clean images show: misclassified samples are broken at distance 0."""
+    return _unattacked(images, labels, _predict_clean(net, images, Passes(passes.batch_size))[1])
+
+
+def _predict_clean(net: nn.Module, images: Tensor, passes: Passes) -> tuple[Tensor, Tensor]:
     with guarded(net, images.device), full_precision(images.device):
-        prediction = predict(net, images, Passes(passes.batch_size))[1]
+        return predict(net, images, passes)
+
+
+def _unattacked(images: Tensor, labels: Tensor, prediction: Tensor) -> Outcome:
     zeros = torch.zeros_like(labels)
     return Outcome(images, prediction != labels, zeros.double(), zeros, zeros, prediction, prediction)
 

@@ -28,9 +28,11 @@ def summarise(
 ) -> list[dict[str, Any]]:
     """Return one row an accuracy: of every evaluator and budget, then the per-sample worst case.
 
-    Misclassified clean images count as not robust. The worst case, evaluator `worst_case`, is over every
-    adversarial example of the threat model's norm that was found within its budget by any evaluator; it is the
-    number to report.
+    Misclassified clean images count as not robust. Where a targeted attack aimed at one class a sample, robust
+    means that this class was not reached; the metric is `targeted_robust_accuracy`. `eps` None is no budget. The
+    worst case, evaluator `worst_case`, is over every adversarial example of the threat model's norm that was
+    found within its budget by any evaluator; it is the number to report, and is left out where no attack but
+    targeted ones was run.
     """
     rows = []
     order = {name: place for place, name in enumerate(evaluators)}
@@ -40,9 +42,12 @@ def summarise(
         group = verdicts[(columns[0] == evaluator) & (columns[1] == attack) & (columns[2] == eps)]
         norm = group["norm"].iloc[0]
         metric = "clean_accuracy" if attack == "none" else "robust_accuracy"
+        if group["target"].notna().any():
+            metric = "targeted_robust_accuracy"
         rows.append(_row(evaluator, metric, ~group["broken"], group, subset, attack, norm, eps))
     within = verdicts[(verdicts["norm"] == threat.norm) & (verdicts["eps"] <= threat.eps * (1 + 1e-9))]
-    if len(within[within["eps"] > 0]) or (threat.eps == 0 and len(within)):
+    untargeted = within[within["target"].isna()]
+    if len(untargeted[untargeted["eps"] > 0]) or (threat.eps == 0 and len(untargeted)):
         robust = ~within.groupby("sample_id")["broken"].any()
         rows.append(_row(WORST_CASE, "robust_accuracy", robust, within, subset, None, threat.norm, threat.eps))
     return rows
@@ -59,6 +64,7 @@ def _row(
     eps: float,
 ) -> dict[str, Any]:
     n, successes = len(right), int(right.sum())
+    fingerprint = None if attack is None else group["attack_fingerprint"].iloc[0]
     low, high = wilson_interval(successes, n)
     return {
         "evaluator": evaluator,
@@ -70,8 +76,9 @@ def _row(
         "set": group["set"].iloc[0],
         "subset": subset,
         "attack": attack,
+        "attack_fingerprint": fingerprint if isinstance(fingerprint, str) else None,
         "norm": norm if isinstance(norm, str) else None,
-        "eps": float(eps),
+        "eps": float(eps) if math.isfinite(eps) else None,
         "seed": int(group["seed"].iloc[0]),
         "precision": group["precision"].iloc[0],
     }

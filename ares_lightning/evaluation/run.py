@@ -162,6 +162,8 @@ class Evaluation:
                 "clean_prediction": outcome.clean_prediction.cpu().numpy(),
                 "adversarial_prediction": outcome.adversarial_prediction.cpu().numpy(),
                 "attack": answer.attack,
+                "attack_fingerprint": evaluator.attack_fingerprint,
+                "target": None if answer.targets is None else answer.targets.cpu().numpy(),
                 "norm": answer.norm,
                 "eps": answer.eps,
                 "seed": self.seed,

@@ -21,6 +21,8 @@ SCHEMA = pa.schema(
         ("clean_prediction", pa.int64()),
         ("adversarial_prediction", pa.int64()),
         ("attack", pa.string()),
+        ("attack_fingerprint", pa.string()),
+        ("target", pa.int64()),
         ("norm", pa.string()),
         ("eps", pa.float64()),
         ("seed", pa.int64()),
@@ -31,7 +33,9 @@ SCHEMA = pa.schema(
         ("backwards", pa.int64()),
     ]
 )
-"""One row: one sample, one attack, one budget. `eps` and `distance` are in the norm, units of the [0, 1] scale."""
+"""One row: one sample, one attack, one budget. `eps` and `distance` are in the norm, units of the [0, 1] scale;
+without a budget `eps` is infinite. `target` is the class that a targeted attack aimed at, null for others; `norm`
+and `attack_fingerprint` are null for the clean images."""
 
 
 class Ledger:
@@ -52,16 +56,19 @@ class Ledger:
     def read(self) -> pd.DataFrame:
         """Return all rows in the order in which they were written.
 
-        Raises ValueError naming a part that cannot be read.
+        Raises ValueError naming a part that cannot be read or has other columns.
         """
         parts = [SCHEMA.empty_table()]
         for part in self._parts():
             try:
-                parts.append(pq.read_table(part, schema=SCHEMA))
+                rows = pq.read_table(part)
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{part}: is not a readable verdict table; remove it and run again") from error
-        rows: pd.DataFrame = pa.concat_tables(parts).to_pandas()
-        return rows
+            if not rows.schema.equals(SCHEMA):
+                raise ValueError(f"{part}: has other columns than this version writes; give another run_dir")
+            parts.append(rows)
+        table: pd.DataFrame = pa.concat_tables(parts).to_pandas()
+        return table
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.parquet"))

@@ -51,6 +51,9 @@ def fold_batchnorm(network: nn.Module, image_shape: tuple[int, int, int]) -> Fol
     A trace by torch.fx, which holds for every input, tells which layers follow each other. Then the float64
     logits of the network and of its folded copy are compared on random images of `image_shape` (C, H, W) in
     [0, 1]. A network that cannot be traced, or that fails the comparison, comes back unfolded, with the reason.
+
+    Rounding decides at the decision boundary: of the nearest adversarial examples that one of the two networks has,
+    a few are none for the other, so that a verdict on `network` takes a forward of `network`.
     """
     norms = [name for name, module in network.named_modules() if type(module) in NORMS]
     if not norms:

@@ -11,8 +11,9 @@ import torch
 from scipy.stats import binomtest
 
 from ares_lightning.attacks import Threat, make_attack
+from ares_lightning.attacks.autoattack import AutoAttack
 from ares_lightning.data import RobustDataModule, select_subset
-from ares_lightning.evaluation.curves import ExactCurve
+from ares_lightning.evaluation.curves import BisectedCurve, BracketedCurve, ExactCurve
 from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator
 from ares_lightning.evaluation.metrics import summarise, wilson_interval
 from ares_lightning.evaluation.run import Evaluation, model_fingerprint
@@ -110,6 +111,8 @@ def test_the_worst_case_is_taken_sample_by_sample():
         {
             "evaluator": ["a", "a", "a", "b", "b", "b", "far", "far", "far"],
             "attack": ["pgd"] * 6 + ["bim"] * 3,
+            "attack_fingerprint": ["0"] * 6 + ["1"] * 3,
+            "target": None,
             "norm": "linf",
             "eps": [0.1] * 3 + [0.05] * 3 + [0.2] * 3,
             "sample_id": [0, 1, 2] * 3,
@@ -191,6 +194,87 @@ def test_fingerprints_follow_what_decides_a_verdict(data, net):
     sizes = {"batch_size": 64, "eval_batch_size": 16, "num_workers": 0, "num_val": 180}
     other_split = RobustDataModule(name="digits", img_size=8, in_chans=1, split_seed=1, **sizes)
     assert evaluation(other_split).fingerprint(net) != base.fingerprint(net)
+
+
+def test_rows_and_summary_name_the_attack_by_its_fingerprint(data, net, tmp_path):
+    attack = make_attack("pgd", eps=0.1, steps=4)
+    summary = evaluation(data, subset="first:5").run(net, tmp_path, CPU)
+    fingerprints = pd.read_parquet(tmp_path / "verdicts").groupby("evaluator")["attack_fingerprint"].unique()
+    assert pd.isna(fingerprints["clean"]).all()
+    assert fingerprints["pgd4"].tolist() == fingerprints["curve"].tolist() == [attack.fingerprint]
+    shown = {row["evaluator"]: row["attack_fingerprint"] for row in summary}
+    assert shown == {"clean": None, "pgd4": attack.fingerprint, "curve": attack.fingerprint, "worst_case": None}
+
+
+def test_an_evaluators_fingerprint_covers_the_members_of_its_ensemble_and_the_mode_of_its_curve():
+    class Weaker(AutoAttack):
+        @property
+        def members(self):
+            return super().members[:1]
+
+    attack = make_attack("pgd", eps=0.1)
+    evaluators = [AttackEvaluator("aa", made) for made in (make_attack("autoattack"), Weaker())]
+    evaluators += [curve("aa", attack, (0.1, 0.2)) for curve in (ExactCurve, BracketedCurve, BisectedCurve)]
+    evaluators += [AttackEvaluator("aa", attack, targets) for targets in (None, "random", "least_likely")]
+    fingerprints = {evaluator.fingerprint(0, "fp32") for evaluator in evaluators}
+    assert len(fingerprints) == len(evaluators)
+
+
+@pytest.mark.parametrize("targets", ["random", "least_likely"])
+def test_with_targets_only_the_target_counts(targets, data, net, tmp_path):
+    attack = make_attack("pgd", eps=0.15, steps=10)
+    evaluators = [AttackEvaluator("aimed", attack, targets), AttackEvaluator("free", attack)]
+    summary = evaluation(data, evaluators=evaluators, threat=Threat("linf", 0.15)).run(net, tmp_path, CPU)
+    rows = pd.read_parquet(tmp_path / "verdicts")
+    aimed, free = (rows[rows["evaluator"] == name].sort_values("sample_id") for name in ("aimed", "free"))
+    assert free["target"].isna().all()
+    assert ((aimed["target"] != aimed["label"]) & aimed["target"].between(0, 9)).all()
+    wrong = aimed["clean_prediction"] != aimed["label"]
+    reached = aimed["adversarial_prediction"] == aimed["target"]
+    assert (aimed["broken"] == wrong | reached).all()
+    assert wrong.any()
+    assert (reached & ~wrong).any()
+    assert (aimed.loc[wrong, ["distance", "forwards"]] == 0).all(axis=None), "there is nothing left to break"
+    assert of(summary, "aimed")["metric"] == "targeted_robust_accuracy"
+    assert of(summary, "aimed")["value"] == pytest.approx(1 - aimed["broken"].mean())
+    assert of(summary, "worst_case")["value"] <= of(summary, "free")["value"] < of(summary, "aimed")["value"]
+    if targets == "least_likely":
+        logits = net(torch.stack([data.test_set[i][0] for i in range(50)]) / 255)
+        logits[range(50), data.test_set.labels[:50]] = torch.inf
+        assert aimed["target"].tolist() == logits.argmin(1).tolist()
+    else:
+        assert aimed["target"].nunique() > 5
+
+
+def test_random_targets_belong_to_the_sample(data, net, tmp_path):
+    evaluators = [AttackEvaluator("aimed", make_attack("fgsm", eps=0.1), "random")]
+    targets = {}
+    for subset, batch_size in (("first:30", 16), ("random:100@1", 3)):
+        settings = {"evaluators": evaluators, "batch_size": batch_size}
+        summary = evaluation(data, subset, **settings).run(net, tmp_path / subset, CPU)
+        assert [row["evaluator"] for row in summary] == ["aimed"], "which says nothing of the worst case"
+        targets[subset] = pd.read_parquet(tmp_path / subset / "verdicts").set_index("sample_id")["target"]
+    both = pd.concat(targets, axis=1).dropna()
+    assert len(both) > 0
+    assert (both["first:30"] == both["random:100@1"]).all()
+
+
+def test_no_budget_is_null_in_the_summary(data, net, tmp_path):
+    evaluators = [AttackEvaluator("nearest", make_attack("fmn", eps=None, steps=10))]
+    (row,) = evaluation(data, subset="first:10", evaluators=evaluators).run(net, tmp_path, CPU)
+    assert row["eps"] is None
+    assert "Infinity" not in (tmp_path / "summary.json").read_text()
+    rows = pd.read_parquet(tmp_path / "verdicts")
+    assert np.isposinf(rows["eps"]).all()
+    assert rows.loc[rows["broken"], "distance"].lt(1).all()
+
+
+def test_a_table_with_other_columns_is_refused(data, net, tmp_path):
+    evaluation(data, subset="first:5").run(net, tmp_path, CPU)
+    part = tmp_path / "verdicts" / "part-00001.parquet"
+    pd.read_parquet(part).drop(columns="attack_fingerprint").to_parquet(part, index=False)
+    with pytest.raises(ValueError, match=r"part-00001\.parquet: has other columns than this version writes"):
+        evaluation(data, subset="first:5").run(net, tmp_path, CPU)
 
 
 def test_only_the_subset_is_counted(data, net, tmp_path):
