@@ -79,14 +79,19 @@ def ares(
 
 
 def ares_curve(label: str, kind: type[ExactCurve] | type[BracketedCurve]) -> Contender:
-    """Run our evaluator of robustness curves with PGD."""
+    """Run our evaluator of robustness curves with PGD; what starts from nearest examples, on the network as given."""
 
     def run(subject: Subject, seed: int) -> Tensor:
         attack = make_attack("pgd", eps=subject.eps, steps=PGD_STEPS)
         curve = kind("curve", attack, tuple(multiple * subject.eps for multiple in CURVE))
         ids = torch.arange(len(subject.images))
         verdicts = curve.verdicts(
-            subject.evaluated, subject.images, subject.labels, ids, seed, Passes(subject.batch_size)
+            subject.evaluated if kind is ExactCurve else subject.network,
+            subject.images,
+            subject.labels,
+            ids,
+            seed,
+            Passes(subject.batch_size),
         )
         return torch.stack([verdict.outcome.images for verdict in verdicts][1:])
 
@@ -261,7 +266,7 @@ CONTESTS = {
         f"{len(CURVE)} budgets from {CURVE[0]} eps to {CURVE[-1]} eps; PGD, {PGD_STEPS} steps of a fourth of each",
         (
             ares_curve("ares, exact", ExactCurve),
-            ares_curve("ares, bracketed", BracketedCurve),
+            ares_curve("ares, bracketed, as given", BracketedCurve),
             Contender("torchattacks", "torchattacks", _torchattacks_curve),
             foolbox(_linf_pgd, CURVE),
         ),

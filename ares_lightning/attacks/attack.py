@@ -188,6 +188,8 @@ class Attack(ABC):
         images, labels, targets, ids = _checked(images, labels, targets, sample_ids)
         if labels.ndim != 1:
             raise ValueError(f"labels have shape {list(labels.shape)}; a verdict needs class labels [N]")
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
         if precision not in PRECISIONS or (precision == "bf16" and images.dtype != torch.float32):
             raise ValueError(f"precision={precision}: expected fp32, or bf16 with float32 images")
         self._check_targets(targets is not None)
@@ -245,6 +247,8 @@ class Attack(ABC):
         """
         images, labels, targets, ids = _checked(images, labels, targets, sample_ids)
         self._check_targets(targets is not None)
+        if self.nearest and labels.ndim == 2:
+            raise ValueError(f"labels have shape {list(labels.shape)}; {self.name} needs class labels [N]")
         if images.device.type == "cpu":
             _check_values(images, labels, targets)
         objective = self._objective() if loss is None else as_objective(loss)

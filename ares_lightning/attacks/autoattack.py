@@ -50,7 +50,8 @@ class AutoAttack(Attack):
     def members(self) -> tuple[Attack, ...]:
         """The attacks in their order, with every setting spelled out."""
         norm, eps = self.norm, self.eps
-        apgd_t = APGDT(norm=norm, eps=eps, steps=100, num_targets=5 if norm == "l1" else 9)
+        num_targets = 5 if norm == "l1" and self.version == "standard" else 9
+        apgd_t = APGDT(norm=norm, eps=eps, steps=100, num_targets=num_targets)
         fab_t = FABT(norm=norm, eps=eps, steps=100, num_targets=9)
         square = Square(norm=norm, eps=eps, queries=5000, restarts=1)
         if self.version == "standard":

@@ -307,7 +307,7 @@ class Search:
                 raise ValueError(f"the loss has shape {list(loss.shape)}; expected [{len(images)}], one a sample")
             losses.append(loss.detach())
             if counts:
-                scores.append(logits.detach().softmax(1) if eot > 1 else logits.detach())
+                scores.append(logits.detach().softmax(1, dtype=torch.float64) if eot > 1 else logits.detach())
             if counts and draw == eot - 1:
                 broken = self._judge(images, torch.stack(scores).mean(0) if eot > 1 else scores[0], index, worth)
                 left = broken if worth is None else broken & worth & self.eps[index].isfinite()
@@ -374,7 +374,9 @@ def predict(model: Model, images: Tensor, passes: Passes) -> tuple[Tensor, Tenso
     for part in passes.parts(len(images), backward=False):
         draws = torch.stack([_logits(model, images[part]) for _ in range(passes.eot)])
         logits.append(draws.mean(0))
-        predictions.append(predicted_classes(draws.softmax(2).mean(0) if passes.eot > 1 else draws[0]))
+        predictions.append(
+            predicted_classes(draws.softmax(2, dtype=torch.float64).mean(0) if passes.eot > 1 else draws[0])
+        )
     return torch.cat(logits), torch.cat(predictions)
 
 

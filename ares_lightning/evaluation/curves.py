@@ -50,7 +50,7 @@ class Curve(Evaluator):
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
     ) -> Iterator[Verdicts]:
         """Yield budget 0 (the clean images) and then each budget of the grid."""
-        clean = clean_outcome(net, images, labels, passes)
+        clean = clean_outcome(net, images, labels, replace(passes, eot=self.attack.eot))
         yield Verdicts(self.attack.name, self.attack.norm, 0.0, clean)
         bounds = _Bounds(self.attack, clean, len(self.eps), net, images, labels, sample_ids, seed, passes)
         self._search(bounds)
@@ -91,7 +91,7 @@ class BracketedCurve(Curve):
 
     def _search(self, bounds: _Bounds) -> None:
         last = len(self.eps) - 1
-        bounds.find_nearest(make_attack("fmn", norm=self.attack.norm, eps=None), last)
+        bounds.find_nearest(make_attack("fmn", norm=self.attack.norm, eps=None, eot=self.attack.eot), last)
         grid = torch.tensor(self.eps, dtype=torch.float64, device=bounds.radius.device)
         withstood = torch.zeros_like(bounds.radius, dtype=torch.bool)
         while True:

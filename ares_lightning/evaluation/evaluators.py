@@ -136,7 +136,7 @@ class AttackEvaluator(Evaluator):
 
 def clean_outcome(net: nn.Module, images: Tensor, labels: Tensor, passes: Passes) -> Outcome:
     """Return what the clean images show: misclassified samples are broken at distance 0."""
-    return _unattacked(images, labels, _predict_clean(net, images, Passes(passes.batch_size))[1])
+    return _unattacked(images, labels, _predict_clean(net, images, passes)[1])
 
 
 def _predict_clean(net: nn.Module, images: Tensor, passes: Passes) -> tuple[Tensor, Tensor]:
