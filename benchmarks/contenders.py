@@ -79,7 +79,7 @@ def ares(
 
 
 def ares_curve(label: str, kind: type[ExactCurve] | type[BracketedCurve]) -> Contender:
-    """Run our evaluator of robustness curves with PGD; what starts from nearest examples, on the network as given."""
+    """Run our evaluator of robustness curves with PGD; the one that uses FMN runs on the network as given."""
 
     def run(subject: Subject, seed: int) -> Tensor:
         attack = make_attack("pgd", eps=subject.eps, steps=PGD_STEPS)

@@ -15,7 +15,7 @@ from ares_lightning.attacks.threat import Budget, parse_budget
 
 @dataclass(frozen=True, kw_only=True)
 class _GradientAttack(Attack):
-    """loss: `ce` (cross-entropy), `margin` (largest other logit less the label's) or `logit` (minus the label's)."""
+    """loss: `ce` (cross-entropy), `margin` (largest other logit minus label's) or `logit` (minus label's)."""
 
     kind: ClassVar[str] = "white-box"
 
