@@ -37,12 +37,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Contest:
-    """An attack of our catalogue, the setting that all share, and who takes part, ourselves first.
+    """The setting of an attack that all share, and who takes part, ourselves first.
 
     norm: by which results are judged; budgets: at which, in multiples of the subject's eps.
     """
 
-    attack: str
     setting: str
     contenders: tuple[Contender, ...]
     norm: str = "linf"
@@ -167,7 +166,6 @@ def _of(subject: Subject) -> dict[str, Any]:
 # torchattacks' AutoAttack is left out: its APGD and FAB make 10 iterations where the official ones make 100.
 CONTESTS = {
     "pgd": Contest(
-        "pgd",
         f"{PGD_STEPS} steps of eps/4, random start",
         (
             ares("pgd", steps=PGD_STEPS),
@@ -177,7 +175,6 @@ CONTESTS = {
         ),
     ),
     "pgd_bf16": Contest(
-        "pgd",
         f"{PGD_STEPS} steps of eps/4, random start; search in bf16, verdicts in float32",
         (
             ares("pgd", "ares bf16", bf16=True, steps=PGD_STEPS),
@@ -186,7 +183,6 @@ CONTESTS = {
         ),
     ),
     "apgd_ce": Contest(
-        "apgd_ce",
         f"{AUTO_STEPS} steps, 1 restart",
         (
             ares("apgd_ce", steps=AUTO_STEPS),
@@ -195,7 +191,6 @@ CONTESTS = {
         ),
     ),
     "apgd_t": Contest(
-        "apgd_t",
         f"{AUTO_STEPS} steps, {TARGETS} targets",
         (
             ares("apgd_t", steps=AUTO_STEPS, num_targets=TARGETS),
@@ -206,7 +201,6 @@ CONTESTS = {
         ),
     ),
     "fab_t": Contest(
-        "fab_t",
         f"{AUTO_STEPS} steps, {TARGETS} targets",
         (
             ares("fab_t", steps=AUTO_STEPS, num_targets=TARGETS),
@@ -219,7 +213,6 @@ CONTESTS = {
         ),
     ),
     "square": Contest(
-        "square",
         f"{QUERIES} queries",
         (
             ares("square", queries=QUERIES),
@@ -229,9 +222,8 @@ CONTESTS = {
             ),
         ),
     ),
-    "autoattack": Contest("autoattack", "standard", (ares("autoattack"), pyautoattack())),
+    "autoattack": Contest("standard", (ares("autoattack"), pyautoattack())),
     "fmn": Contest(
-        "fmn",
         f"nearest in L-inf, {FMN_STEPS} steps",
         (
             ares("fmn", "ares, network as given", nearest=True, steps=FMN_STEPS),
@@ -239,7 +231,6 @@ CONTESTS = {
         ),
     ),
     "deepfool": Contest(
-        "deepfool",
         f"nearest in L2, at most {DEEPFOOL_STEPS} steps",
         (
             ares("deepfool", "ares, network as given", nearest=True, norm="l2", steps=DEEPFOOL_STEPS),
@@ -249,7 +240,6 @@ CONTESTS = {
         budgets=(L2_BUDGET,),
     ),
     "cw": Contest(
-        "cw",
         f"nearest in L2, {CW_SEARCHES} searches of at most {CW_STEPS} steps",
         (
             ares("cw", "ares, network as given", nearest=True, norm="l2", search_steps=CW_SEARCHES, steps=CW_STEPS),
@@ -262,7 +252,6 @@ CONTESTS = {
         budgets=(L2_BUDGET,),
     ),
     "curve": Contest(
-        "pgd",
         f"{len(CURVE)} budgets from {CURVE[0]} eps to {CURVE[-1]} eps; PGD, {PGD_STEPS} steps of a fourth of each",
         (
             ares_curve("ares, exact", ExactCurve),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ares_lightning.attacks import Threat
 from ares_lightning.attacks.search import Passes
 from ares_lightning.data import Batch, ImageSet
+from ares_lightning.evaluation.curves import BracketedCurve
 from ares_lightning.evaluation.evaluators import Evaluator, Verdicts
 from ares_lightning.evaluation.metrics import summarise
 from ares_lightning.evaluation.verdicts import Ledger
@@ -75,9 +76,9 @@ class Evaluation:
         """Take the verdicts that `run_dir` does not hold yet, and return the summary rows.
 
         The network is put into eval mode, and asked with its batch norms folded into the layers before them where
-        that changes no logit but by rounding. Writes `verdicts/`, `examples.npz` and `summary.json`. A run that was
-        stopped goes on where it was; verdicts of other models, as of an earlier stage of the same training, stay in
-        the table and do not count.
+        that changes no logit but by rounding; as it is where nearest adversarial examples are looked for. Writes
+        `verdicts/`, `examples.npz` and `summary.json`. A run that was stopped goes on where it was; verdicts of
+        other models, as of an earlier stage of the same training, stay in the table and do not count.
         """
         fingerprint = model_fingerprint(net)
         ledger = Ledger(run_dir / "verdicts")
@@ -91,7 +92,8 @@ class Evaluation:
             if folded.num_folded or folded.kept:
                 progress.console.print(f"for the evaluation, {folded}", highlight=False)
             for evaluator in self.evaluators:
-                self._ask(evaluator, folded.network, ledger, known, examples, progress, device, fingerprint)
+                asked = net if _looks_for_nearest(evaluator) else folded.network
+                self._ask(evaluator, asked, ledger, known, examples, progress, device, fingerprint)
                 examples.write(run_dir / "examples.npz")
         current = {evaluator.fingerprint(self.seed, self.precision) for evaluator in self.evaluators}
         verdicts = self._asked(ledger.read(), fingerprint)
@@ -174,6 +176,12 @@ class Evaluation:
                 "backwards": outcome.backwards.cpu().numpy(),
             }
         )
+
+
+def _looks_for_nearest(evaluator: Evaluator) -> bool:
+    """Return whether examples end so near the boundary that rounding, as by folding, may flip verdicts."""
+    attack = getattr(evaluator, "attack", None)
+    return isinstance(evaluator, BracketedCurve) or (attack is not None and attack.nearest)
 
 
 class _Examples:
