@@ -57,40 +57,38 @@ def ares(
     bf16: bool = False,
     **settings: Any,
 ) -> Contender:
-    """Run our attack on all images at once, in passes of the batch size, as an evaluation does.
-
-    The nearest adversarial examples lie within rounding of the boundary, so that they are looked for on the very
-    network that judges them: on its folded copy some of them would be none.
-    """
+    """Run our attack on all images at once, in passes of the batch size, as an evaluation does: the folded copy is
+    what it searches on, the network as given has the last word."""
 
     def run(subject: Subject, seed: int) -> Tensor:
         attack = make_attack(name, eps=None if nearest else subject.eps, **settings)
         return attack(
-            subject.network if as_given or nearest else subject.evaluated,
+            subject.network,
             subject.images,
             subject.labels,
             seed=seed,
             batch_size=subject.batch_size,
             precision="bf16" if bf16 else "fp32",
+            search_on=None if as_given else subject.evaluated,
         ).images
 
     return Contender(label, "ares_lightning", run)
 
 
 def ares_curve(label: str, kind: type[ExactCurve] | type[BracketedCurve]) -> Contender:
-    """Run our evaluator of robustness curves with PGD; the one that uses FMN runs on the network as given."""
+    """Run our evaluator of robustness curves with PGD, searching on the folded copy."""
 
     def run(subject: Subject, seed: int) -> Tensor:
         attack = make_attack("pgd", eps=subject.eps, steps=PGD_STEPS)
         curve = kind("curve", attack, tuple(multiple * subject.eps for multiple in CURVE))
         ids = torch.arange(len(subject.images))
         verdicts = curve.verdicts(
-            subject.evaluated if kind is ExactCurve else subject.network,
+            subject.network,
             subject.images,
             subject.labels,
             ids,
             seed,
-            Passes(subject.batch_size),
+            Passes(subject.batch_size, search_on=subject.evaluated),
         )
         return torch.stack([verdict.outcome.images for verdict in verdicts][1:])
 
@@ -226,14 +224,14 @@ CONTESTS = {
     "fmn": Contest(
         f"nearest in L-inf, {FMN_STEPS} steps",
         (
-            ares("fmn", "ares, network as given", nearest=True, steps=FMN_STEPS),
+            ares("fmn", nearest=True, steps=FMN_STEPS),
             foolbox(lambda attacks: attacks.LInfFMNAttack(steps=FMN_STEPS), budgets=None),
         ),
     ),
     "deepfool": Contest(
         f"nearest in L2, at most {DEEPFOOL_STEPS} steps",
         (
-            ares("deepfool", "ares, network as given", nearest=True, norm="l2", steps=DEEPFOOL_STEPS),
+            ares("deepfool", nearest=True, norm="l2", steps=DEEPFOOL_STEPS),
             foolbox(lambda attacks: attacks.L2DeepFoolAttack(steps=DEEPFOOL_STEPS), budgets=None),
         ),
         norm="l2",
@@ -242,7 +240,7 @@ CONTESTS = {
     "cw": Contest(
         f"nearest in L2, {CW_SEARCHES} searches of at most {CW_STEPS} steps",
         (
-            ares("cw", "ares, network as given", nearest=True, norm="l2", search_steps=CW_SEARCHES, steps=CW_STEPS),
+            ares("cw", nearest=True, norm="l2", search_steps=CW_SEARCHES, steps=CW_STEPS),
             foolbox(
                 lambda attacks: attacks.L2CarliniWagnerAttack(binary_search_steps=CW_SEARCHES, steps=CW_STEPS),
                 budgets=None,
@@ -255,7 +253,7 @@ CONTESTS = {
         f"{len(CURVE)} budgets from {CURVE[0]} eps to {CURVE[-1]} eps; PGD, {PGD_STEPS} steps of a fourth of each",
         (
             ares_curve("ares, exact", ExactCurve),
-            ares_curve("ares, bracketed, as given", BracketedCurve),
+            ares_curve("ares, bracketed", BracketedCurve),
             Contender("torchattacks", "torchattacks", _torchattacks_curve),
             foolbox(_linf_pgd, CURVE),
         ),

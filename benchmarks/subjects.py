@@ -29,7 +29,7 @@ class Subject:
     """A network with images, and how it is called.
 
     network: as given, its parameters not frozen; peers attack this, and every adversarial image is judged by it.
-    evaluated: the copy that an evaluation by this project works on, its batch norms folded, in the memory layout
+    evaluated: the copy that an evaluation by this project searches on, its batch norms folded, in the memory layout
     that is faster here.
     """
 

@@ -18,7 +18,7 @@ from ares_lightning.attacks.attack import Attack, check_count
 from ares_lightning.attacks.copies import aim_at_each
 from ares_lightning.attacks.losses import Objective, dlr
 from ares_lightning.attacks.search import Search
-from ares_lightning.attacks.threat import BALLS
+from ares_lightning.attacks.threat import BALLS, per_pixel
 
 MOMENTUM = 0.75
 """Weight of the gradient step against the last displacement (arXiv 2003.01690, eq. 3)."""
@@ -196,11 +196,11 @@ class _Ascent(ABC):
             rows.rises = rows.rises + (passed.loss > rows.loss)
             rows.loss, better = passed.loss, passed.loss > rows.best_loss
             rows.best_loss = torch.where(better, passed.loss, rows.best_loss)
-            rows.best = torch.where(_wide(better), rows.images, rows.best)
+            rows.best = torch.where(per_pixel(better), rows.images, rows.best)
             if last:
                 break
             rows.gradient = passed.gradient
-            rows.best_gradient = torch.where(_wide(better), passed.gradient, rows.best_gradient)
+            rows.best_gradient = torch.where(per_pixel(better), passed.gradient, rows.best_gradient)
             since += 1
             if since == interval:
                 self._go_back(self._checkpoint(interval))
@@ -212,8 +212,8 @@ class _Ascent(ABC):
     def _go_back(self, where: Tensor) -> None:
         """Let the samples of `where` go on from their best points."""
         rows = self.rows
-        rows.images = torch.where(_wide(where), rows.best, rows.images)
-        rows.gradient = torch.where(_wide(where), rows.best_gradient, rows.gradient)
+        rows.images = torch.where(per_pixel(where), rows.best, rows.images)
+        rows.gradient = torch.where(per_pixel(where), rows.best_gradient, rows.gradient)
 
     @abstractmethod
     def _begin(self) -> None:
@@ -262,7 +262,7 @@ class _MomentumAscent(_Ascent):
         delta = images - search.clean
         norm = torch.linalg.vector_norm(delta.flatten(1), dim=1)
         scale = torch.where(norm > self.eps, self.eps / norm, 1)
-        return (search.clean + delta * _wide(scale.to(delta.dtype))).clamp_(0, 1)
+        return (search.clean + delta * per_pixel(scale.to(delta.dtype))).clamp_(0, 1)
 
     def _checkpoint(self, interval: int) -> Tensor:
         rows = self.rows
@@ -303,7 +303,7 @@ class _SparseAscent(_Ascent):
         least = slope.sort(dim=1).values.gather(1, place[:, None])
         direction = rows.gradient.sign() * (slope >= least).view_as(rows.gradient)
         length = rows.step / direction.flatten(1).abs().sum(1).clamp_(min=1)
-        images: Tensor = rows.images + direction * _wide(length.to(direction.dtype))
+        images: Tensor = rows.images + direction * per_pixel(length.to(direction.dtype))
         return _traced_projection(images, search.clean, self.eps)
 
     def _checkpoint(self, interval: int) -> Tensor:
@@ -357,7 +357,7 @@ def _traced_projection(images: Tensor, clean: Tensor, eps: Tensor) -> Tensor:
     traced = (clean.flatten(1) + delta - delta.sign() * back.to(delta.dtype)).view_as(clean).clamp_(0, 1)
     distance = BALLS["l1"].distance(traced, clean)
     shrink = torch.where(distance > eps * (1 + L1_SLACK[clean.dtype]), eps / distance, 1)
-    return torch.where(_wide(shrink) < 1, clean + (traced - clean) * _wide(shrink.to(clean.dtype)), traced)
+    return torch.where(per_pixel(shrink) < 1, clean + (traced - clean) * per_pixel(shrink.to(clean.dtype)), traced)
 
 
 def _random_start(search: Search, key: int) -> Tensor:
@@ -368,9 +368,4 @@ def _random_start(search: Search, key: int) -> Tensor:
     else:
         direction = search.noise("normal", tuple(search.clean.shape[1:]), key)
         length = torch.linalg.vector_norm(direction.flatten(1), dim=1)
-    return (search.clean + direction * _wide((search.eps / length).to(direction.dtype))).clamp_(0, 1)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Shape values [n] so that they broadcast over images [n, C, H, W]."""
-    return values.view(-1, 1, 1, 1)
+    return (search.clean + direction * per_pixel((search.eps / length).to(direction.dtype))).clamp_(0, 1)

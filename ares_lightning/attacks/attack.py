@@ -134,6 +134,7 @@ class Attack(ABC):
         eps: Tensor | None = None,
         batch_size: int | None = None,
         precision: str = "fp32",
+        search_on: Model | None = None,
     ) -> dict[str, Outcome]: ...
 
     @overload
@@ -150,6 +151,7 @@ class Attack(ABC):
         eps: Tensor | None = None,
         batch_size: int | None = None,
         precision: str = "fp32",
+        search_on: Model | None = None,
     ) -> Outcome: ...
 
     def __call__(
@@ -165,6 +167,7 @@ class Attack(ABC):
         eps: Tensor | None = None,
         batch_size: int | None = None,
         precision: str = "fp32",
+        search_on: Model | None = None,
     ) -> Outcome | dict[str, Outcome]:
         """Find out which samples the attack breaks.
 
@@ -180,6 +183,9 @@ class Attack(ABC):
         precision: of the passes in the search, `fp32` (the images' own, with autocast and TF32 off) or `bf16`
             (autocast). What bf16 shows as broken is looked at again, and every verdict is taken, in the images'
             own precision.
+        search_on: called by the search in place of `model`, which it equals but for rounding: a copy with its batch
+            norms folded, or compiled. What it shows as broken is looked at again, and every verdict is taken, on
+            `model`.
 
         Raises ValueError for images outside [0, 1], non-finite, or of another shape or dtype, for labels and
         targets out of range, for targets equal to labels, for logits that are not finite or look like
@@ -190,12 +196,14 @@ class Attack(ABC):
             raise ValueError(f"labels have shape {list(labels.shape)}; a verdict needs class labels [N]")
         if batch_size is not None:
             check_count("batch_size", batch_size)
+        if victim is not None and search_on is not None:
+            raise ValueError("search_on is given with victim=; hand it in as the model that crafts")
         if precision not in PRECISIONS or (precision == "bf16" and images.dtype != torch.float32):
             raise ValueError(f"precision={precision}: expected fp32, or bf16 with float32 images")
         self._check_targets(targets is not None)
         _check_values(images, labels, targets)
         budgets = self._budgets(images, eps)
-        passes = Passes(batch_size, precision, self.eot)
+        passes = Passes(batch_size, precision, self.eot, search_on)
         if victim is not None:
             crafted = self._craft(model, images, labels, targets, budgets, ids, seed, self._objective(), passes)
             if isinstance(victim, Mapping):
@@ -204,7 +212,8 @@ class Attack(ABC):
                     for name, v in victim.items()
                 }
             return _transfer_verdict(victim, crafted, images, labels, targets, ids, passes)
-        with guarded(model, images.device), full_precision(images.device):
+        fast = model if search_on is None else search_on
+        with guarded(model, images.device), guarded(fast, images.device), full_precision(images.device):
             logits, clean_prediction = _predict_clean(model, images, labels, targets, ids, passes)
             attacked = (~is_broken(clean_prediction, labels, targets)).nonzero().squeeze(1)
             search = Search(

@@ -50,7 +50,7 @@ class _Copies(Search):
         self.num_copies = num_copies
         rows = search.rows
         super().__init__(
-            search.model,
+            search.judge,
             rows.clean.repeat_interleave(num_copies, 0),
             rows.labels.repeat_interleave(num_copies, 0),
             copied(rows.targets),
@@ -94,4 +94,6 @@ class _Copies(Search):
         needed = torch.arange(self.num_copies, device=last.device) <= last[:, None]
         search.rows.forwards += (self.forwards.view_as(found) * needed).sum(1)
         search.rows.backwards += (self.backwards.view_as(found) * needed).sum(1)
-        search.leave(images[torch.arange(len(first), device=first.device), first], broken)
+        num_broken = int(broken.sum())
+        if num_broken:
+            search.leave(images[torch.arange(len(first), device=first.device), first], broken, num_broken)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ares_lightning.attacks.attack import Attack, check_count
 from ares_lightning.attacks.search import Rows, Search
+from ares_lightning.attacks.threat import per_pixel
 
 START_BISECTIONS = 10
 
@@ -58,17 +59,17 @@ class _BoundaryWalk(Attack):
             some_start = some_start and not bool(rows.walks.all())
             if some_start:
                 start = torch.where(
-                    _per_pixel(rows.bisections < 0), _random_images(search, query), (rows.near + rows.images) / 2
+                    per_pixel(rows.bisections < 0), _random_images(search, query), (rows.near + rows.images) / 2
                 )
-                rows.candidate = torch.where(_per_pixel(rows.walks), rows.candidate, start)
+                rows.candidate = torch.where(per_pixel(rows.walks), rows.candidate, start)
             adversarial = search.forward(rows.candidate).broken
             if not len(search):
                 return
-            rows.images = torch.where(_per_pixel(adversarial), rows.candidate, rows.images)
+            rows.images = torch.where(per_pixel(adversarial), rows.candidate, rows.images)
             self._learn(rows, adversarial, query)
             if some_start:
                 bisects = (rows.bisections >= 0) & ~rows.walks
-                rows.near = torch.where(_per_pixel(bisects & ~adversarial), rows.candidate, rows.near)
+                rows.near = torch.where(per_pixel(bisects & ~adversarial), rows.candidate, rows.near)
                 rows.bisections = rows.bisections + (bisects | (adversarial & ~rows.walks))
 
     @abstractmethod
@@ -93,14 +94,10 @@ def _random_images(search: Search, query: int) -> Tensor:
     return F.interpolate((noise + 1) / 2, size, mode="bilinear").clamp_(0, 1)
 
 
-def _per_pixel(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
-
-
 def _length(images: Tensor) -> Tensor:
     """Return the L2 norms as [n, 1, 1, 1], large enough to divide by."""
     lengths = torch.linalg.vector_norm(images.flatten(1), dim=1)
-    return _per_pixel(lengths.clamp_(min=torch.finfo(images.dtype).tiny))
+    return per_pixel(lengths.clamp_(min=torch.finfo(images.dtype).tiny))
 
 
 def _adapted(step: Tensor, rows: Rows, adversarial: Tensor, share: float, rate: float) -> Tensor:
@@ -151,11 +148,11 @@ class Boundary(_BoundaryWalk):
         radial = offset / distance
         noise = search.noise("normal", tuple(search.clean.shape[1:]))
         tangent = noise - (noise * radial).sum((1, 2, 3), keepdim=True) * radial
-        size = _per_pixel(rows.orthogonal_step)
+        size = per_pixel(rows.orthogonal_step)
         on_sphere = (radial + size * tangent / _length(tangent)) * (distance / (1 + size.square()).sqrt())
         images: Tensor = (search.clean + on_sphere).clamp_(0, 1)
         if query % ORTHOGONAL_EVERY:
-            images = torch.lerp(images, search.clean, _per_pixel(rows.source_step))
+            images = torch.lerp(images, search.clean, per_pixel(rows.source_step))
         return images
 
     def _learn(self, rows: Rows, adversarial: Tensor, query: int) -> None:
@@ -225,7 +222,7 @@ class Evolutionary(_BoundaryWalk):
             move = F.interpolate(move, search.clean.shape[2:], mode="bilinear")
         offset = rows.images - search.clean
         distance = _length(offset)
-        left = 1 - _per_pixel(rows.source_step)
+        left = 1 - per_pixel(rows.source_step)
         direction = left * offset + self.deviation * distance * move / _length(move)
         images: Tensor = search.clean + left * distance * direction / _length(direction)
         return images.clamp_(0, 1)
@@ -244,7 +241,7 @@ class Evolutionary(_BoundaryWalk):
         return mutation
 
     def _learn(self, rows: Rows, adversarial: Tensor, query: int) -> None:
-        better = _per_pixel(adversarial & rows.walks)
+        better = per_pixel(adversarial & rows.walks)
         path = self.path_decay * rows.path + math.sqrt(1 - self.path_decay**2) * rows.mutation
         rows.path = torch.where(better, path, rows.path)
         variance = torch.lerp(rows.variance, path.square(), self.covariance_rate)

@@ -15,12 +15,10 @@ from torch import Tensor
 from ares_lightning.attacks.apgd import likeliest_wrong_classes
 from ares_lightning.attacks.attack import Attack, check_count
 from ares_lightning.attacks.copies import aim_at_each
-from ares_lightning.attacks.losses import Objective, class_logits
+from ares_lightning.attacks.losses import Objective, class_gaps
 from ares_lightning.attacks.search import Rows, Search
-from ares_lightning.attacks.threat import per_sample
+from ares_lightning.attacks.threat import DUAL_ORDER, ORDER, per_pixel, per_sample
 
-ORDER = {"linf": torch.inf, "l2": 2, "l1": 1}
-DUAL_ORDER = {"linf": 1, "l2": 2, "l1": torch.inf}
 START_RADIUS = {"linf": 0.3, "l2": 1.0, "l1": 5.0}
 """Budgets that random starts go by where there is none: the defaults of the authors' implementation."""
 MAX_CLASSES = 10
@@ -46,7 +44,8 @@ class FAB(Attack):
     all steps are taken and the nearest adversarial iterate is the result.
 
     With k boundaries a restart costs 2 · steps F + k · steps B where all iterates are adversarial, (steps + 2) F +
-    k · steps B where none is, and between these each iterate that is not saves about 1 F. `craft` makes one run
+    k · steps B where none is. Between these an iterate that is not saves 1 F where that was foreseen, and one that
+    is costs k B more where it was not, which happens in one of k + 1 steps at most. `craft` makes one run
     (1 F more, for the classes aimed at); the loss is part of the method.
     """
 
@@ -73,7 +72,7 @@ class FAB(Attack):
             raise ValueError(f"backward_step={self.backward_step}: expected a number above 0, at most 1")
 
     def _objective(self) -> Objective:
-        return _differences
+        return class_gaps
 
     def _run(self, search: Search) -> None:
         if search.targets is not None:
@@ -115,20 +114,20 @@ class FAB(Attack):
             rows.images = self._stepped(search, rows)
             rows.fused = (rows.num_adversarial * (1 + num_backwards) < step) & (not is_last)
             rows.adversarial = self._linearise(search, rows, rows.fused)
-            adversarial = search.forward(rows.images, _differences, aims=rows.aims, where=~rows.fused).broken
+            adversarial = search.forward(rows.images, class_gaps, aims=rows.aims, where=~rows.fused).broken
             if is_last or not len(search):
                 return
             rows.adversarial = rows.adversarial | adversarial
             rows.num_adversarial = rows.num_adversarial + rows.adversarial
             nearer = search.clean + self.backward_step * (rows.images - search.clean)
-            rows.images = torch.where(rows.adversarial.view(-1, 1, 1, 1), nearer, rows.images)
+            rows.images = torch.where(per_pixel(rows.adversarial), nearer, rows.images)
             self._linearise(search, rows, rows.adversarial | ~rows.fused, judge=False)
 
     def _linearise(self, search: Search, rows: Rows, where: Tensor, judge: bool = True) -> Tensor:
         """Find the nearest boundary, linearised at the images, of the samples in `where`: its logit difference
         `value` [n] and gradient `normal` [n, d]. Return bool [n], which of them are adversarial."""
         rows.where = where
-        passed = search.gradient(rows.images, _differences, aims=rows.aims, where=where, judge=judge)
+        passed = search.gradient(rows.images, class_gaps, aims=rows.aims, where=where, judge=judge)
         if len(search):
             values = passed.loss.view(len(search), -1).double()
             normals = passed.gradient.reshape(*values.shape, -1)
@@ -224,9 +223,3 @@ def _clipped(speed: Tensor, room: Tensor, slope: Tensor, need: Tensor) -> Tensor
     place = (gains < need).sum(1, keepdim=True).clamp_(max=gains.shape[1] - 1)
     scale = (need - before.gather(1, place)) / free.gather(1, place)
     return torch.where(slope > 0, torch.minimum(scale * speed, room), 0)
-
-
-def _differences(logits: Tensor, labels: Tensor, aims: Tensor | None) -> Tensor:
-    """Return the logits of the classes `aims` [n, k] minus that of the label, [n, k]."""
-    assert aims is not None
-    return logits.gather(1, aims) - class_logits(logits, labels)[:, None]

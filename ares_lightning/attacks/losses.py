@@ -45,6 +45,12 @@ def class_logits(logits: Tensor, classes: Tensor) -> Tensor:
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 
+def class_gaps(logits: Tensor, labels: Tensor, aims: Tensor | None) -> Tensor:
+    """Return the logits of the classes `aims` [N, k] minus that of the label, [N, k]."""
+    assert aims is not None
+    return logits.gather(1, aims) - class_logits(logits, labels)[:, None]
+
+
 def as_objective(loss: Loss) -> Objective:
     """Return the objective that raises `loss` for the label, or lowers it for the class to be reached."""
 

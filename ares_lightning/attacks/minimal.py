@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ares_lightning.attacks.apgd import likeliest_wrong_classes
 from ares_lightning.attacks.attack import Attack, check_count
-from ares_lightning.attacks.losses import LOSSES, Objective, as_objective, class_logits, margin
+from ares_lightning.attacks.losses import LOSSES, Objective, as_objective, class_gaps, margin
 from ares_lightning.attacks.search import Rows, Search
-from ares_lightning.attacks.threat import BALLS, per_sample
+from ares_lightning.attacks.threat import BALLS, DUAL_ORDER, per_sample
 
-DUAL_ORDER = {"linf": 1, "l2": 2, "l1": math.inf}
 FLAT = 1e-20
 """Slope that stands in for zero where one divides by it."""
 
@@ -145,13 +145,16 @@ class DeepFool(Attack):
             raise ValueError(f"overshoot={self.overshoot}: expected a share of at least 0")
 
     def _run(self, search: Search) -> None:
+        if search.targets is None:
+            gaps, classes = class_gaps, likeliest_wrong_classes(search, self.num_classes - 1)
+        else:
+            gaps, classes = _gap_to_target, search.targets[:, None]
         rows = search.track(
             images=search.clean,
             travelled=torch.zeros_like(search.clean),
             standing=torch.ones_like(search.eps, dtype=torch.bool),
-            classes=self._classes(search) if search.targets is None else search.targets[:, None],
+            classes=classes,
         )
-        gaps = _gaps if search.targets is None else _gap_to_target
         for _ in range(self.steps):
             passed = search.gradient(rows.images, gaps, aims=rows.classes, where=rows.standing)
             if not len(search):
@@ -170,13 +173,6 @@ class DeepFool(Attack):
             if not len(search):
                 return
             rows.standing = rows.standing & ~passed.broken
-
-    def _classes(self, search: Search) -> Tensor:
-        """Return the classes other than the label with the largest clean logits, [n, k]."""
-        logits = search.clean_logits()
-        gaps = logits - class_logits(logits, search.labels)[:, None]
-        gaps = gaps.scatter(1, search.labels[:, None], -math.inf)
-        return gaps.topk(min(self.num_classes, logits.shape[1]) - 1, dim=1).indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,12 +242,6 @@ def _check_positive(key: str, value: object) -> None:
 def _negative_hinge(logits: Tensor, labels: Tensor, aims: Tensor | None) -> Tensor:
     """Return minus what misclassification still lacks, at most 0."""
     return as_objective(margin)(logits, labels, aims).clamp(max=0)
-
-
-def _gaps(logits: Tensor, labels: Tensor, aims: Tensor | None) -> Tensor:
-    """Return the logits of the aims [n, k] minus the label's."""
-    assert aims is not None
-    return logits.gather(1, aims) - class_logits(logits, labels)[:, None]
 
 
 def _gap_to_target(logits: Tensor, labels: Tensor, aims: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ares_lightning.attacks.attack import Attack, Outcome, check_count
 from ares_lightning.attacks.losses import LOSSES, Objective, as_objective
 from ares_lightning.attacks.search import Rows, Search
-from ares_lightning.attacks.threat import parse_budget
+from ares_lightning.attacks.threat import parse_budget, per_pixel
 
 
 def accuracy_over_queries(outcome: Outcome, queries: Sequence[int] | Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class _FiniteDifferences(_ScoreAttack):
             loss = _score(search, rows.behind)
             if not len(search):
                 break
-            rows.estimate += (rows.loss - loss).view(-1, 1, 1, 1) * (rows.ahead - rows.behind)
+            rows.estimate += per_pixel(rows.loss - loss) * (rows.ahead - rows.behind)
         estimate: Tensor = rows.estimate / (num_pairs * (2 * size) ** 2)
         return estimate
 
@@ -268,9 +268,9 @@ class NAttack(_ScoreAttack):
                 return
             rows.losses[:, query] = loss
             rows.noise_sum = rows.noise_sum + rows.noise
-            rows.weighted_sum = rows.weighted_sum + (loss - rows.losses[:, 0]).view(-1, 1, 1, 1) * rows.noise
+            rows.weighted_sum = rows.weighted_sum + per_pixel(loss - rows.losses[:, 0]) * rows.noise
         losses = rows.losses - rows.losses[:, :1]
-        scale, centre = (moment.view(-1, 1, 1, 1) for moment in torch.std_mean(losses, dim=1, correction=0))
+        scale, centre = (per_pixel(moment) for moment in torch.std_mean(losses, dim=1, correction=0))
         total = (rows.weighted_sum - centre * rows.noise_sum) / scale.clamp(min=torch.finfo(scale.dtype).tiny)
         state.mean = state.mean + self.step_size / (self.samples * self.deviation) * total
         state.images = self._images(search, state.mean)

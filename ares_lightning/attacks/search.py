@@ -51,11 +51,18 @@ class Passed:
 @dataclass(frozen=True)
 class Passes:
     """How the model is called: `batch_size` rows at most in a pass with a backward (None: all), under bf16
-    autocast or in full precision, `eot` times each for a randomised model."""
+    autocast or in full precision, `eot` times each for a randomised model, and in a search by `search_on`, if any,
+    in its place."""
 
     batch_size: int | None = None
     precision: str = "fp32"
     eot: int = 1
+    search_on: Model | None = None
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether what a search shows has to be looked at again by the model itself in full precision."""
+        return self.precision == "bf16" or self.search_on is not None
 
     def parts(self, num_rows: int, backward: bool) -> Iterator[slice]:
         """Cut rows into parts that one pass may take."""
@@ -95,7 +102,8 @@ class Search:
         self.forwards = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
         self.backwards = torch.zeros_like(self.forwards)
         self.ball = ball
-        self.model = model
+        self.judge = model
+        self.model = model if passes.search_on is None else passes.search_on
         self.passes, self.sample_ids, self.seed = passes, sample_ids, seed
         self.rows = Rows(
             clean=clean,
@@ -260,9 +268,9 @@ class Search:
                 )
             )
         if len(passed) == 1 and rows is None:
-            loss, broken, gradient = passed[0]
+            loss, broken, gradient, _ = passed[0]
         else:
-            losses, verdicts, gradients = zip(*passed, strict=True)
+            losses, verdicts, gradients, _ = zip(*passed, strict=True)
             loss, broken = _joined(losses, rows, len(images)), _joined(verdicts, rows, len(images))
             gradient = _joined(gradients, rows, len(images)) if backward else images.new_empty(0)
         spent: Index = slice(None) if rows is None else rows
@@ -271,7 +279,8 @@ class Search:
             self._remember(images, distance, broken & worth)
         kept = None
         if counts and self.feedback:
-            kept = self.leave(images, broken if worth is None else broken & worth & self.eps.isfinite())
+            num_broken = sum(num for *_, num in passed)
+            kept = self.leave(images, self._leaving(broken, worth, self.eps), num_broken) if num_broken else None
         if kept is not None:
             loss, broken, gradient = loss[kept], broken[kept], gradient[kept] if backward else gradient
         if backward and len(self):
@@ -292,12 +301,12 @@ class Search:
         counts: bool,
         worth: Tensor | None,
         backward: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Pass some rows at once; return loss, verdict and gradient."""
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Pass some rows at once; return loss, verdict, gradient, and how many of them are to leave."""
         labels, aims = self.labels[index], None if aims is None else aims[index]
         eot = self.passes.eot
         losses, scores, gradients = [], [], []
-        broken = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        broken, num_leaving = torch.zeros(len(images), dtype=torch.bool, device=images.device), 0
         for draw in range(eot):
             points = images.detach().requires_grad_() if backward else images
             with torch.set_grad_enabled(backward):
@@ -310,13 +319,19 @@ class Search:
                 scores.append(logits.detach().softmax(1, dtype=torch.float64) if eot > 1 else logits.detach())
             if counts and draw == eot - 1:
                 broken = self._judge(images, torch.stack(scores).mean(0) if eot > 1 else scores[0], index, worth)
-                left = broken if worth is None else broken & worth & self.eps[index].isfinite()
-                if self.feedback and eot == 1 and backward and bool(left.all()):
+                if self.feedback:  # the one wait for the device
+                    num_leaving = int(self._leaving(broken, worth, self.eps[index]).sum())
+                if eot == 1 and backward and num_leaving == len(images):
                     gradients.append(_no_gradient(images, loss))
                     break
             if backward:
                 gradients.append(_differentiate(loss, points))
-        return _mean(losses), broken, _mean(gradients) if backward else images.new_empty(0)
+        return _mean(losses), broken, _mean(gradients) if backward else images.new_empty(0), num_leaving
+
+    @staticmethod
+    def _leaving(broken: Tensor, worth: Tensor | None, eps: Tensor) -> Tensor:
+        """Return bool [n]: the broken samples that leave; of the nearest attacks, those within a finite budget."""
+        return broken if worth is None else broken & worth & eps.isfinite()
 
     def _logits(self, images: Tensor, labels: Tensor) -> Tensor:
         bf16 = self.passes.precision == "bf16"
@@ -326,15 +341,15 @@ class Search:
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     def _judge(self, images: Tensor, scores: Tensor, index: Index, worth: Tensor | None) -> Tensor:
-        """Return bool [n]: broken; what bf16 has shown and would count is looked at again in full precision."""
+        """Return bool [n]: broken; where the passes are in doubt, what would count is looked at again."""
         targets = None if self.targets is None else self.targets[index]
         broken = is_broken(predicted_classes(scores), self.labels[index], targets)
-        if self.passes.precision == "bf16":
+        if self.passes.in_doubt:
             doubtful = (broken if worth is None else broken & worth).nonzero().squeeze(1)
             if len(doubtful):
                 rows = torch.arange(len(self), device=images.device)[index][doubtful]
                 self.rows.forwards[rows] += self.passes.eot
-                prediction = predict(self.model, images[doubtful], self.passes)[1]
+                prediction = predict(self.judge, images[doubtful], self.passes)[1]
                 again = is_broken(prediction, self.labels[rows], None if targets is None else targets[doubtful])
                 broken = broken.index_copy(0, doubtful, again)
         return broken
@@ -344,12 +359,10 @@ class Search:
         self.images[self.rows.index[rows]] = images[rows]
         self.rows.nearest = torch.where(better, distance, self.rows.nearest)
 
-    def leave(self, images: Tensor, broken: Tensor) -> Tensor | None:
-        """Drop the samples that are done with; return the rows of the others, None where all stay."""
+    def leave(self, images: Tensor, broken: Tensor, num_broken: int) -> Tensor:
+        """Drop the samples that are done with, now that some are broken; return the rows of the others."""
         leaving = self.done_with(broken)
-        num_leaving = int(leaving.sum())  # with one part, the one wait for the device in an iteration
-        if num_leaving == 0:
-            return None
+        num_leaving = num_broken if leaving is broken else int(leaving.sum())
         order = leaving.argsort(stable=True)
         kept, gone = order[: len(self) - num_leaving], order[len(self) - num_leaving :]
         index = self.rows.index[gone]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ares_lightning.attacks.attack import Attack, check_count
 from ares_lightning.attacks.losses import Objective, cross_entropy, margin
 from ares_lightning.attacks.search import Search
-from ares_lightning.attacks.threat import per_sample
+from ares_lightning.attacks.threat import per_pixel, per_sample
 
 DRAWN_AT_ONCE = 100
 """Iterations whose random numbers are drawn in one go."""
@@ -91,7 +91,7 @@ class Square(Attack):
             loss = search.forward(rows.proposal).loss
             better = loss > rows.loss
             rows.loss = torch.where(better, loss, rows.loss)
-            rows.best = torch.where(better.view(-1, 1, 1, 1), rows.proposal, rows.best)
+            rows.best = torch.where(per_pixel(better), rows.proposal, rows.best)
         best: Tensor = rows.best
         return best
 

@@ -17,6 +17,11 @@ from torch import Tensor
 MAX_CLIPPINGS = 32
 """Rounds of the L2 projection; each but the last clips a pixel more. Were they too few, points would lie inside."""
 
+ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+"""The p of each norm."""
+DUAL_ORDER = {"linf": 1.0, "l2": 2.0, "l1": math.inf}
+"""The p of the norm that measures gradients: 1/p + 1/q = 1."""
+
 Budget = float | Tensor
 NoiseSource = Callable[[str, tuple[int, ...]], Tensor]
 """Draws per-sample random numbers: kind ("uniform" in [-1, 1) or "normal") and shape to a tensor [N, *shape]."""
@@ -167,6 +172,11 @@ class _L1(Ball):
 
 
 BALLS: dict[str, Ball] = {"linf": _LInf(), "l2": _L2(), "l1": _L1()}
+
+
+def per_pixel(values: Tensor) -> Tensor:
+    """Shape values [N] so that they broadcast over images [N, C, H, W]."""
+    return values.view(-1, 1, 1, 1)
 
 
 def per_sample(value: Budget, images: Tensor) -> Budget:

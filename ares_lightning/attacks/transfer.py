@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -14,10 +13,8 @@ from torch import Tensor
 from ares_lightning.attacks.attack import check_count
 from ares_lightning.attacks.pgd import BIM
 from ares_lightning.attacks.search import Index, Rows, Search
-from ares_lightning.attacks.threat import Budget, parse_budget
+from ares_lightning.attacks.threat import ORDER, Budget, parse_budget
 
-ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
-"""The p of each norm."""
 KERNEL_SPAN = 3.0
 """Standard deviations from the middle of the translation-invariant kernel to its edge (arXiv 1904.02884)."""
 TTA_EPS, TTA_STEPS_TO_EDGE = "16/255", 8

@@ -186,6 +186,7 @@ class _Bounds:
             eps=None if eps is None else eps[rows],
             batch_size=self._passes.batch_size,
             precision=self._passes.precision,
+            search_on=self._passes.search_on,
         )
         columns = column[rows] if isinstance(column, Tensor) else torch.full_like(rows, column)
         self.forwards[columns, rows] += found.forwards

@@ -111,6 +111,7 @@ class AttackEvaluator(Evaluator):
                 seed=seed,
                 batch_size=passes.batch_size,
                 precision=passes.precision,
+                search_on=passes.search_on,
             )
 
         targets = None

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ares_lightning.attacks import Threat
 from ares_lightning.attacks.search import Passes
 from ares_lightning.data import Batch, ImageSet
-from ares_lightning.evaluation.curves import BracketedCurve
 from ares_lightning.evaluation.evaluators import Evaluator, Verdicts
 from ares_lightning.evaluation.metrics import summarise
 from ares_lightning.evaluation.verdicts import Ledger
@@ -75,25 +74,25 @@ class Evaluation:
     def run(self, net: nn.Module, run_dir: Path, device: torch.device) -> list[dict[str, Any]]:
         """Take the verdicts that `run_dir` does not hold yet, and return the summary rows.
 
-        The network is put into eval mode, and asked with its batch norms folded into the layers before them where
-        that changes no logit but by rounding; as it is where nearest adversarial examples are looked for. Writes
-        `verdicts/`, `examples.npz` and `summary.json`. A run that was stopped goes on where it was; verdicts of
-        other models, as of an earlier stage of the same training, stay in the table and do not count.
+        The network is put into eval mode and gives every verdict; searches run on a copy with its batch norms
+        folded into the layers before them where that changes no logit but by rounding. Writes `verdicts/`,
+        `examples.npz` and `summary.json`. A run that was stopped goes on where it was; verdicts of other models, as
+        of an earlier stage of the same training, stay in the table and do not count.
         """
         fingerprint = model_fingerprint(net)
         ledger = Ledger(run_dir / "verdicts")
         known = self._asked(ledger.read(), fingerprint)
         channels, height, width = self.dataset[0][0].shape
         folded = fold_batchnorm(net.eval().to(device, PRECISIONS[self.precision]), (channels, height, width))
-        if self.compile:
-            folded.network.compile(dynamic=True)
+        search_on = torch.compile(folded.network, dynamic=True) if self.compile else folded.network
+        precision = "bf16" if self.precision == "bf16" else "fp32"
+        passes = Passes(self.batch_size, precision, search_on=None if search_on is net else search_on)
         examples = _Examples(self.dataset.classes)
         with _progress() as progress:
             if folded.num_folded or folded.kept:
-                progress.console.print(f"for the evaluation, {folded}", highlight=False)
+                progress.console.print(f"for the search, {folded}", highlight=False)
             for evaluator in self.evaluators:
-                asked = net if _looks_for_nearest(evaluator) else folded.network
-                self._ask(evaluator, asked, ledger, known, examples, progress, device, fingerprint)
+                self._ask(evaluator, net, passes, ledger, known, examples, progress, device, fingerprint)
                 examples.write(run_dir / "examples.npz")
         current = {evaluator.fingerprint(self.seed, self.precision) for evaluator in self.evaluators}
         verdicts = self._asked(ledger.read(), fingerprint)
@@ -111,6 +110,7 @@ class Evaluation:
         self,
         evaluator: Evaluator,
         net: nn.Module,
+        passes: Passes,
         ledger: Ledger,
         known: pd.DataFrame,
         examples: _Examples,
@@ -125,7 +125,6 @@ class Evaluation:
             evaluator.name, total=len(self.dataset), completed=decided["sample_id"].nunique(), accuracy=""
         )
         robust = seen = 0
-        passes = Passes(self.batch_size, "bf16" if self.precision == "bf16" else "fp32")
         packs = self.loader(
             self.dataset, skip=decided["sample_id"].unique().tolist(), batch_size=NUM_PACKED * self.batch_size
         )
@@ -176,12 +175,6 @@ class Evaluation:
                 "backwards": outcome.backwards.cpu().numpy(),
             }
         )
-
-
-def _looks_for_nearest(evaluator: Evaluator) -> bool:
-    """Return whether examples end so near the boundary that rounding, as by folding, may flip verdicts."""
-    attack = getattr(evaluator, "attack", None)
-    return isinstance(evaluator, BracketedCurve) or (attack is not None and attack.nearest)
 
 
 class _Examples:

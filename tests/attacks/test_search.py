@@ -7,6 +7,7 @@ import torch
 from contract import CASES, COLUMNS, EPS, TARGETED_ONLY, cheap
 from networks import Counting, SmallNet, predicted
 from torch import multiprocessing, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ares_lightning.attacks import make_attack
 
@@ -152,3 +153,47 @@ def test_counting_holds_for_parts(images):
     outcome = make_attack("apgd_ce", eps=1e-7, steps=9)(net, images, labels, batch_size=5)
     assert net.forwards == outcome.forwards.sum() + 2 * len(images)
     assert net.backwards == outcome.backwards.sum() == 9 * len(images)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("pgd", 5), ("fmn", 5), ("fab_t", 3)])
+def test_what_the_search_model_shows_broken_is_judged_by_the_model_itself(name, steps, images):
+    right, wrong = SmallNet().double(), SmallNet(seed=5).double()
+    labels = predicted(right, images)
+    outcome = make_attack(name, eps=0.05, steps=steps)(right, images, labels, search_on=wrong, batch_size=5)
+    assert torch.equal(outcome.broken, predicted(right, outcome.images) != labels)
+    assert outcome.broken.any()
+    same = make_attack(name, eps=0.05, steps=steps)(right, images, labels)
+    copy = make_attack(name, eps=0.05, steps=steps)(right, images, labels, search_on=SmallNet().double())
+    assert torch.equal(copy.images, same.images)
+    assert torch.equal(copy.backwards, same.backwards)
+    assert right.training
+    assert wrong.training
+    with pytest.raises(ValueError, match="search_on is given with victim="):
+        make_attack(name)(right, images, labels, search_on=wrong, victim=right)
+
+
+def test_an_iteration_waits_for_the_device_once(images, monkeypatch):
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            self.count += function in waits or function is torch.ops.aten.equal.default
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr("ares_lightning.attacks.search.check_classes", lambda *_: None)
+    net = SmallNet().double()
+    labels = predicted(net, images)
+    for name, key in [("pgd", "steps"), ("mim", "steps"), ("apgd_ce", "steps"), ("square", "queries")]:
+        counts = []
+        for steps in (10, 30):
+            with Waits() as waits:
+                make_attack(name, eps=1e-6, **{key: steps})(net, images, labels)
+            counts.append(waits.count)
+        assert counts[1] - counts[0] == 20, name
+    counts = []
+    for steps in (10, 30):
+        with Waits() as waits:
+            make_attack("pgd", eps=0.1, steps=steps).craft(net, images, labels)
+        counts.append(waits.count)
+    assert counts[0] == counts[1], "crafting never waits in its loop"

@@ -19,6 +19,7 @@ from ares_lightning.evaluation.metrics import summarise, wilson_interval
 from ares_lightning.evaluation.run import Evaluation, model_fingerprint
 from ares_lightning.evaluation.verdicts import SCHEMA, Ledger
 from ares_lightning.models import make_classifier
+from ares_lightning.models.folding import fold_batchnorm
 
 CPU = torch.device("cpu")
 
@@ -81,7 +82,12 @@ def test_the_summary_follows_from_the_verdict_rows(data, net, tmp_path):
         right = net(images / 255).argmax(1) == labels
     assert of(summary, "clean")["value"] == right.double().mean().item()
     outcome = make_attack("pgd", eps=0.1, steps=4)(
-        net, images / 255, labels, sample_ids=data.test_set.sample_ids[:50], seed=0
+        net,
+        images / 255,
+        labels,
+        sample_ids=data.test_set.sample_ids[:50],
+        seed=0,
+        search_on=fold_batchnorm(net, (1, 8, 8)).network,
     )
     assert of(summary, "pgd4")["value"] == 1 - outcome.broken.double().mean().item()
     pgd = rows[rows["evaluator"] == "pgd4"].sort_values("sample_id")
