@@ -133,15 +133,11 @@ class _Block(nn.Module):
 
 
 def _load_resnet20(path: Path) -> ResNet20:
-    """Read a state dict, plain or under `state_dict`, with or without the prefix of DataParallel.
-
-    Files from before PyTorch 0.4.1 lack `num_batches_tracked`, which only training looks at.
-    """
+    """Read a state dict, plain or under `state_dict`, with or without the prefix of DataParallel."""
     stored = torch.load(path, map_location="cpu", weights_only=True)
     weights = {key.removeprefix("module."): value for key, value in stored.get("state_dict", stored).items()}
     network = ResNet20()
-    counters = {key: value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")}
-    load_network(network, {**counters, **weights}, path, prefix="")
+    load_network(network, weights, path, prefix="")
     return network
 
 

@@ -106,7 +106,7 @@ MISTAKES = [
     (["eval=[attack]", "attack=tta"], "eval.attack.targets=null: tta knows a targeted form only"),
     (
         ["eval=[attack]", "eval.attack.targets=all"],
-        "eval.attack.targets=all: expected null, random or least_likely",
+        "eval.attack.targets=all: expected null, random, least_likely or a CSV file",
     ),
     (["eval=[autoattack]", "eval.autoattack.targets=random"], "autoattack knows no targeted form"),
     (["eval=[attack]", "attack=spsa", "threat.norm=l1"], "eval.attack.attack.norm=l1: spsa knows linf, l2"),

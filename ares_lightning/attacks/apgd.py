@@ -40,12 +40,6 @@ L1_LEAST_STEP = 0.1
 """The least step in budgets."""
 L1_SCHEDULE = ((3, 0.3), (2, 0.3), (1, 0.4))
 """Multiples of the budget that a run searches in turn, and the share of the steps of each (section 3.3)."""
-L1_RESTARTS, L1_TARGETS = 5, 5
-"""Restarts of APGD-CE and targets of APGD-T in AutoAttack's standard version for L1 (the implementation)."""
-L1_SLACK = {torch.float32: 5e-6, torch.float64: 5e-10}
-"""How far, relative to it, rounding may take a point past the budget: half of what a result may."""
-TARGETS = 9
-"""Targets of APGD-T (arXiv 2003.01690, section 5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +64,14 @@ class _APGD(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class _UntargetedAPGD(_APGD):
-    restarts: int | None = None
+    restarts: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.restarts is None:
-            object.__setattr__(self, "restarts", L1_RESTARTS if self.norm == "l1" else 1)
         check_count("restarts", self.restarts)
 
     def _run(self, search: Search) -> None:
-        for restart in range(self.restarts if search.feedback else 1):  # type: ignore[arg-type]
+        for restart in range(self.restarts if search.feedback else 1):
             self._climb(search, search.targets, restart)
             if not len(search):
                 return
@@ -89,7 +81,7 @@ class _UntargetedAPGD(_APGD):
 class APGDCE(_UntargetedAPGD):
     """APGD on the cross-entropy: (steps + 1) F + steps B a restart, for L1 (steps + 3) F; every iterate counts.
 
-    steps: 100. restarts: runs from new random points for the samples not yet broken; None takes 1, for L1 5.
+    steps: 100. restarts: runs from new random points for the samples not yet broken, 1 (AutoAttack makes 5 for L1).
 
     `craft` makes one run and returns the iterate with the highest loss.
     """
@@ -117,9 +109,9 @@ class APGDT(_APGD):
     """APGD on the targeted difference of logits ratio, once for each of the likeliest wrong classes.
 
     steps: 100.
-    num_targets: classes aimed at in turn, in the order of the clean logits, as many as there are at most; None
-        takes 9, for L1 5. Any wrong prediction counts. Where the call has `targets`, these are aimed at, and count,
-        alone.
+    num_targets: classes aimed at in turn, in the order of the clean logits, as many as there are at most; 9
+        (section 5; AutoAttack takes 5 for L1). Any wrong prediction counts. Where the call has `targets`, these
+        are aimed at, and count, alone.
 
     Costs (steps + 1) F + steps B a class aimed at, for L1 (steps + 3) F. With up to three classes, where the ratio
     has no meaning, the targeted margin is its loss. `craft` aims at the likeliest class (1 F more).
@@ -128,12 +120,10 @@ class APGDT(_APGD):
     name: ClassVar[str] = "apgd_t"
     paper: ClassVar[str] = "arXiv 2003.01690"
 
-    num_targets: int | None = None
+    num_targets: int = 9
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_targets is None:
-            object.__setattr__(self, "num_targets", L1_TARGETS if self.norm == "l1" else TARGETS)
         check_count("num_targets", self.num_targets)
 
     def _objective(self) -> Objective:
@@ -143,8 +133,7 @@ class APGDT(_APGD):
         if search.targets is not None:
             self._climb(search, search.targets, 0)
             return
-        num_targets = self.num_targets if search.feedback else 1
-        aims = likeliest_wrong_classes(search, num_targets)  # type: ignore[arg-type]
+        aims = likeliest_wrong_classes(search, self.num_targets if search.feedback else 1)
         aim_at_each(search, aims, self._climb)
 
 
@@ -262,7 +251,8 @@ class _MomentumAscent(_Ascent):
         delta = images - search.clean
         norm = torch.linalg.vector_norm(delta.flatten(1), dim=1)
         scale = torch.where(norm > self.eps, self.eps / norm, 1)
-        return (search.clean + delta * per_pixel(scale.to(delta.dtype))).clamp_(0, 1)
+        scaled = (search.clean + delta * per_pixel(scale.to(delta.dtype))).clamp_(0, 1)
+        return search.ball.take_back(scaled, search.clean, self.eps)
 
     def _checkpoint(self, interval: int) -> Tensor:
         rows = self.rows
@@ -355,9 +345,7 @@ def _traced_projection(images: Tensor, clean: Tensor, eps: Tensor) -> Tensor:
     amount = ends.gather(1, place) - given.gather(1, place) / moving.gather(1, after).clamp(min=1)
     back = torch.where(total + spare < 0, torch.minimum(torch.maximum(excess, amount), size), excess)
     traced = (clean.flatten(1) + delta - delta.sign() * back.to(delta.dtype)).view_as(clean).clamp_(0, 1)
-    distance = BALLS["l1"].distance(traced, clean)
-    shrink = torch.where(distance > eps * (1 + L1_SLACK[clean.dtype]), eps / distance, 1)
-    return torch.where(per_pixel(shrink) < 1, clean + (traced - clean) * per_pixel(shrink.to(clean.dtype)), traced)
+    return BALLS["l1"].take_back(traced, clean, eps)
 
 
 def _random_start(search: Search, key: int) -> Tensor:
@@ -368,4 +356,5 @@ def _random_start(search: Search, key: int) -> Tensor:
     else:
         direction = search.noise("normal", tuple(search.clean.shape[1:]), key)
         length = torch.linalg.vector_norm(direction.flatten(1), dim=1)
-    return (search.clean + direction * per_pixel((search.eps / length).to(direction.dtype))).clamp_(0, 1)
+    images = (search.clean + direction * per_pixel((search.eps / length).to(direction.dtype))).clamp_(0, 1)
+    return search.ball.take_back(images, search.clean, search.eps)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ares_lightning.attacks.guard import Model, full_precision, guarded
-from ares_lightning.attacks.losses import LOSSES, Loss, Objective, as_objective
+from ares_lightning.attacks.losses import LOSSES, Loss, Objective, as_objective, margin
 from ares_lightning.attacks.search import Passes, Search, check_classes, check_logits, is_broken, predict
 from ares_lightning.attacks.threat import BALLS, Ball, Threat, parse_budget
 
@@ -55,7 +55,9 @@ class Attack(ABC):
         budget: any adversarial example counts, and the nearest is looked for; with a budget, a sample is done
         as soon as one within it is found.
     eot: draws of a randomised model (Athalye et al. 2018, arXiv 1802.00420): every gradient is the mean over them,
-        and every prediction, in the search and in the verdict, is the class of the largest mean probability.
+        and every prediction, in the search and in the verdict, is the class of the largest mean probability. The
+        model's own random numbers follow from `seed`, the attack's name and the sample ids of the call: as they
+        are shared by a batch, only the results of models that draw none are independent of the batch.
 
     Raises ValueError for a setting that makes no sense, with the key and its value.
     """
@@ -92,7 +94,7 @@ class Attack(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the name and every setting, the same in every process; of a file the path counts."""
+        """A hash of the name and every setting, the same in every process; of a file the content counts."""
         return hashlib.blake2b(json.dumps(self._identity()).encode(), digest_size=8).hexdigest()
 
     def _identity(self) -> list[Any]:
@@ -175,9 +177,10 @@ class Attack(ABC):
         images: float32 or float64 in [0, 1]; labels: int64 [N].
         targets: int64 [N] makes the attack targeted: only a prediction of the target counts.
         victim: a model, or models by name: craft on `model` without feedback, once, and take the verdict on
-            each victim; with names the result is one Outcome a name.
+            each victim; with names the result is one Outcome a name. A minimum-distance attack leaves an image
+            that `model` misclassifies as it is.
         sample_ids: [N] integers from which, with `seed`, all randomness of a sample follows; default 0 … N−1.
-        eps: a budget for each sample, [N], in place of the attack's one.
+        eps: a budget for each sample, [N], in place of the attack's one; finite but for a minimum-distance attack.
         batch_size: images that one pass of the model with a backward takes at most (passes without take four
             times as many), by default all. Hand in many batches at once: survivors are repacked into full ones.
         precision: of the passes in the search, `fp32` (the images' own, with autocast and TF32 off) or `bf16`
@@ -204,17 +207,19 @@ class Attack(ABC):
         _check_values(images, labels, targets)
         budgets = self._budgets(images, eps)
         passes = Passes(batch_size, precision, self.eot, search_on)
+        key, wants_logits = (seed, self.name, *ids), self.kind != "decision-based"
         if victim is not None:
-            crafted = self._craft(model, images, labels, targets, budgets, ids, seed, self._objective(), passes)
+            with guarded(model, images.device, key), full_precision(images.device):
+                logits, _ = _predict_clean(model, images, labels, targets, ids, passes, wants_logits)
+                rest = (budgets, ids, seed, self._objective(), passes, logits)
+                crafted = self._craft(model, images, labels, targets, *rest)
+            case = (crafted, images, labels, targets, budgets, ids, passes, key)
             if isinstance(victim, Mapping):
-                return {
-                    name: _transfer_verdict(v, crafted, images, labels, targets, ids, passes)
-                    for name, v in victim.items()
-                }
-            return _transfer_verdict(victim, crafted, images, labels, targets, ids, passes)
+                return {name: _transfer_verdict(v, *case) for name, v in victim.items()}
+            return _transfer_verdict(victim, *case)
         fast = model if search_on is None else search_on
-        with guarded(model, images.device), guarded(fast, images.device), full_precision(images.device):
-            logits, clean_prediction = _predict_clean(model, images, labels, targets, ids, passes)
+        with guarded(model, images.device, key), guarded(fast, images.device, key), full_precision(images.device):
+            logits, clean_prediction = _predict_clean(model, images, labels, targets, ids, passes, wants_logits)
             attacked = (~is_broken(clean_prediction, labels, targets)).nonzero().squeeze(1)
             search = Search(
                 model,
@@ -232,7 +237,7 @@ class Attack(ABC):
             if len(attacked):
                 self.take_up(search)
                 search.close()
-            return _verdict(model, search, attacked, images, labels, targets, clean_prediction, passes)
+            return _verdict(model, search, attacked, images, labels, targets, budgets, clean_prediction, passes)
 
     def craft(
         self,
@@ -247,8 +252,9 @@ class Attack(ABC):
     ) -> Tensor:
         """Make an adversarial example of every sample and return the last iterates, [N, C, H, W].
 
-        For training and transfer: one run (no restarts), nobody is dropped, no verdict is taken, and the loop
-        never waits for the device. Arguments as in the call, besides:
+        For training and transfer: one run (no restarts), nobody is dropped, and no verdict is taken. The loop never
+        waits for the device, but for minimum-distance attacks, whose passes leave samples out. Arguments as in the
+        call, besides:
         labels: int64 [N], or soft labels [N, classes] where the loss takes them.
         loss: another loss to raise, `(logits [N, classes], labels) -> [N]`.
 
@@ -263,7 +269,8 @@ class Attack(ABC):
         objective = self._objective() if loss is None else as_objective(loss)
         budgets = self._budgets(images, None)
         passes = Passes(eot=self.eot)
-        return self._craft(model, images, labels, targets, budgets, ids, seed, objective, passes).images
+        with guarded(model, images.device, (seed, self.name, *ids)):
+            return self._craft(model, images, labels, targets, budgets, ids, seed, objective, passes).images
 
     def _craft(
         self,
@@ -276,16 +283,15 @@ class Attack(ABC):
         seed: int,
         objective: Objective,
         passes: Passes,
+        logits: Tensor | None = None,
     ) -> Search:
-        with guarded(model, images.device):
-            search = Search(
-                model, images, labels, targets, budgets, self.ball, ids, seed, feedback=False, passes=passes
-            )
-            if len(images):
-                search.begin(self.name, objective, self.nearest)
-                self._run(search)
-                search.close()
-            return search
+        case = (model, images, labels, targets, budgets, self.ball, ids, seed)
+        search = Search(*case, feedback=False, passes=passes, logits=logits)
+        if len(images):
+            search.begin(self.name, objective, self.nearest)
+            self._run(search)
+            search.close()
+        return search
 
     def _check_targets(self, are_given: bool) -> None:
         """Raise ValueError for targets where the method has no targeted form, or none where it has no other."""
@@ -300,9 +306,13 @@ class Attack(ABC):
         """Return the budget of each sample, float64 [N]."""
         if eps is None:
             return torch.full((len(images),), self.threat.eps, dtype=torch.float64, device=images.device)
-        if eps.shape != (len(images),) or not bool((eps >= 0).all()):
-            raise ValueError(f"eps has shape {list(eps.shape)}; expected [{len(images)}] budgets of at least 0")
-        return eps.to(images.device, torch.float64)
+        budgets = torch.as_tensor(eps, dtype=torch.float64, device=images.device)
+        if budgets.shape != (len(images),):
+            raise ValueError(f"eps has shape {list(budgets.shape)}; expected [{len(images)}], one budget an image")
+        allowed = budgets >= 0 if self.nearest else (budgets >= 0) & budgets.isfinite()
+        if not bool(allowed.all()):
+            raise ValueError(f"eps={float(budgets[~allowed][0])}: expected budgets of at least 0, such as 8/255")
+        return budgets
 
 
 PRECISIONS = ("fp32", "bf16")
@@ -363,6 +373,7 @@ def _predict_clean(
     targets: Tensor | None,
     ids: Sequence[int],
     passes: Passes,
+    wants_logits: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return logits [N, classes] and predicted classes [N], after a look at whether they are logits at all."""
     if not len(images):
@@ -378,7 +389,7 @@ def _predict_clean(
             f"sample_ids {names}; mend the model, or leave these samples out"
         )
     sums = logits.double().sum(1)
-    if bool((logits >= 0).all() & ((sums - 1).abs() < PROBABILITY_SLACK).all()):
+    if wants_logits and bool((logits >= 0).all() & ((sums - 1).abs() < PROBABILITY_SLACK).all()):
         raise ValueError(
             "the model returns probabilities (every row is at least 0 and sums to 1); "
             "take its softmax off, for an attack needs logits"
@@ -397,6 +408,7 @@ def _verdict(
     images: Tensor,
     labels: Tensor,
     targets: Tensor | None,
+    budgets: Tensor,
     clean_prediction: Tensor,
     passes: Passes,
 ) -> Outcome:
@@ -409,7 +421,10 @@ def _verdict(
     attacked_labels, attacked_targets = labels[attacked], None if targets is None else targets[attacked]
     adversarial, adversarial_prediction = images.clone(), clean_prediction.clone()
     if len(attacked):
-        prediction = predict(model, found, passes)[1]
+        logits, prediction = predict(model, found, passes)
+        if search.feedback:
+            rest = (attacked_labels, attacked_targets, budgets[attacked], logits, prediction, passes)
+            _push_on(model, search, found, images[attacked], *rest)
         broken = is_broken(prediction, attacked_labels, attacked_targets)
         adversarial[attacked[broken]] = found[broken]
         adversarial_prediction[attacked[broken]] = prediction[broken]
@@ -427,16 +442,56 @@ def _verdict(
     )
 
 
+def _push_on(
+    model: Model,
+    search: Search,
+    found: Tensor,
+    clean: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    budgets: Tensor,
+    logits: Tensor,
+    prediction: Tensor,
+    passes: Passes,
+) -> None:
+    """Push on, within their budgets, the images `found` whose verdict rounding alone has turned.
+
+    With other rows beside it in a pass, an image on the decision boundary may change sides: the verdict would
+    depend on the batch. `found` and `prediction` are changed in place.
+    """
+    broken = is_broken(prediction, labels, targets)
+    gap = margin(logits, labels if targets is None else targets).abs()
+    lost = ROUNDING_ERRORS * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+    undone = search.found & ~broken & (gap <= lost)
+    for share in PUSHES:
+        rows = undone.nonzero().squeeze(1)
+        if not len(rows):
+            return
+        pushed = (found[rows] + share * (found[rows] - clean[rows])).clamp_(0, 1)
+        found[rows] = search.ball.project(pushed, clean[rows], budgets[rows])
+        search.forwards[rows] += passes.eot
+        prediction[rows] = predict(model, found[rows], passes)[1]
+        undone = undone & ~is_broken(prediction, labels, targets)
+
+
+ROUNDING_ERRORS = 1000
+"""What a forward may lose to rounding, in units of the last place of its largest logit: its terms may be larger."""
+PUSHES = (1e-6, 1e-5, 1e-4)
+"""By what shares of its perturbation an image found is pushed on where rounding has undone its verdict."""
+
+
 def _transfer_verdict(
     victim: Model,
     crafted: Search,
     images: Tensor,
     labels: Tensor,
     targets: Tensor | None,
+    budgets: Tensor,
     ids: Sequence[int],
     passes: Passes,
+    key: tuple[object, ...],
 ) -> Outcome:
-    with guarded(victim, images.device), full_precision(images.device):
-        clean_prediction = _predict_clean(victim, images, labels, targets, ids, passes)[1]
+    with guarded(victim, images.device, key), full_precision(images.device):
+        clean_prediction = _predict_clean(victim, images, labels, targets, ids, passes, wants_logits=False)[1]
         attacked = (~is_broken(clean_prediction, labels, targets)).nonzero().squeeze(1)
-        return _verdict(victim, crafted, attacked, images, labels, targets, clean_prediction, passes)
+        return _verdict(victim, crafted, attacked, images, labels, targets, budgets, clean_prediction, passes)

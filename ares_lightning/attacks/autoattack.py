@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ares_lightning.attacks.apgd import APGDCE, APGDDLR, APGDT
 from ares_lightning.attacks.attack import Attack
@@ -46,25 +46,31 @@ class AutoAttack(Attack):
         if self.version == "rand" and self.eot == 1:
             object.__setattr__(self, "eot", RANDOM_DRAWS)
 
+    def replace(self, **changes: Any) -> Self:
+        """Return the attack with some settings changed; another version has its own `eot` unless one is given."""
+        if changes.get("version", self.version) != self.version and "eot" not in changes:
+            changes["eot"] = 1
+        return super().replace(**changes)
+
     @property
     def members(self) -> tuple[Attack, ...]:
         """The attacks in their order, with every setting spelled out."""
-        norm, eps = self.norm, self.eps
-        num_targets = 5 if norm == "l1" and self.version == "standard" else 9
-        apgd_t = APGDT(norm=norm, eps=eps, steps=100, num_targets=num_targets)
-        fab_t = FABT(norm=norm, eps=eps, steps=100, num_targets=9)
-        square = Square(norm=norm, eps=eps, queries=5000, restarts=1)
+        shared: dict[str, Any] = {"norm": self.norm, "eps": self.eps, "eot": self.eot}
+        num_targets = 5 if self.norm == "l1" and self.version == "standard" else 9
+        apgd_t = APGDT(**shared, steps=100, num_targets=num_targets)
+        fab_t = FABT(**shared, steps=100, num_targets=9)
+        square = Square(**shared, queries=5000, restarts=1)
         if self.version == "standard":
-            apgd_ce = APGDCE(norm=norm, eps=eps, steps=100, restarts=RESTARTS if norm == "l1" else 1)
+            apgd_ce = APGDCE(**shared, steps=100, restarts=RESTARTS if self.norm == "l1" else 1)
             return (apgd_ce, apgd_t, fab_t, square)
         restarts = RESTARTS if self.version == "plus" else 1
         apgd = (
-            APGDCE(norm=norm, eps=eps, steps=100, restarts=restarts),
-            APGDDLR(norm=norm, eps=eps, steps=100, restarts=restarts),
+            APGDCE(**shared, steps=100, restarts=restarts),
+            APGDDLR(**shared, steps=100, restarts=restarts),
         )
         if self.version == "rand":
             return apgd
-        return (*apgd, FAB(norm=norm, eps=eps, steps=100, restarts=restarts), square, apgd_t, fab_t)
+        return (*apgd, FAB(**shared, steps=100, restarts=restarts), square, apgd_t, fab_t)
 
     def _identity(self) -> list[Any]:
         return [*super()._identity(), *(attack._identity() for attack in self.members)]

@@ -17,7 +17,7 @@ from ares_lightning.attacks.attack import Attack, check_count
 from ares_lightning.attacks.copies import aim_at_each
 from ares_lightning.attacks.losses import Objective, class_gaps
 from ares_lightning.attacks.search import Rows, Search
-from ares_lightning.attacks.threat import DUAL_ORDER, ORDER, per_pixel, per_sample
+from ares_lightning.attacks.threat import DUAL_ORDER, MAX_CLIPPINGS, ORDER, per_pixel, per_sample
 
 START_RADIUS = {"linf": 0.3, "l2": 1.0, "l1": 5.0}
 """Budgets that random starts go by where there is none: the defaults of the authors' implementation."""
@@ -142,7 +142,7 @@ class FAB(Attack):
     def _stepped(self, search: Search, rows: Rows) -> Tensor:
         """Step to the boundary from the iterate and from the clean image, go past it, and average (algorithm 1)."""
         images, clean = rows.images, search.clean
-        rise = (rows.normal.double() * (images.double() - clean.double()).flatten(1)).sum(1)
+        rise = (rows.normal * (images - clean).flatten(1)).sum(1, dtype=torch.float64)
         ahead = boundary_step(images, rows.normal, rows.value, self.norm)
         from_clean = boundary_step(clean, rows.normal, rows.value - rise, self.norm)
         length, length_from_clean = (
@@ -150,9 +150,8 @@ class FAB(Attack):
             for step in (ahead, from_clean)
         )
         bias = per_sample((length / (length + length_from_clean)).clamp_(max=self.max_bias), images)
-        ahead, from_clean = ahead.to(images.dtype).view_as(images), from_clean.to(images.dtype).view_as(images)
-        own = (images + self.extrapolation * ahead) * (1 - bias)
-        averaged: Tensor = own + (clean + self.extrapolation * from_clean) * bias
+        own = (images + self.extrapolation * ahead.view_as(images)) * (1 - bias)
+        averaged: Tensor = own + (clean + self.extrapolation * from_clean.view_as(images)) * bias
         return averaged.clamp_(0, 1)
 
 
@@ -188,38 +187,46 @@ class FABT(FAB):
 
 
 def boundary_step(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> Tensor:
-    """Return the shortest steps in `norm` that make a linear function 0 without leaving the box, float64 [n, d].
+    """Return the shortest steps in `norm` that make a linear function 0 without leaving the box, [n, d].
 
-    points: [n, …] in [0, 1], d values each; the function is `value` + `normal` · step, value [n], normal [n, d].
-    Where no point of the box makes it 0, the step goes to the point that comes nearest to it.
+    points: [n, …] in [0, 1], d values each; the function is `value` + `normal` · step, value float64 [n], normal
+    [n, d]. Where no point of the box makes it 0, the step goes to the point that comes nearest to it.
 
     By how much each pixel moves in the direction that helps follows from the KKT conditions: min(scale, room) for
     L-inf, min(scale · |normal|, room) for L2, and for L1 all of its room in the order of |normal|, till the value
-    is spent. The scale follows from one sort of the scales at which the pixels reach the edge of the box.
+    is spent.
     """
-    normal, value = normal.double(), value.double()
-    slope, need = normal.abs(), value.abs()[:, None]
+    slope = normal.abs()
+    largest = slope.amax(1, keepdim=True).clamp(min=torch.finfo(slope.dtype).tiny)
+    slope, need = slope / largest, value.abs()[:, None] / largest  # squares of tiny gradients would vanish
     direction = torch.where(value[:, None] > 0, -normal, normal).sign()
-    flat = points.flatten(1).double()
+    flat = points.flatten(1)
     room = torch.where(direction > 0, 1 - flat, flat)
     if norm == "l1":
         slope, order = slope.sort(dim=1, descending=True)
         room = room.gather(1, order)
-        gain = slope * room
+        gain = (slope * room).double()
         spent = torch.minimum((need - (gain.cumsum(1) - gain)).clamp_(min=0) / slope, room)
-        size = torch.zeros_like(room).scatter_(1, order, torch.where(slope > 0, spent, 0))
+        size = torch.zeros_like(room).scatter_(1, order, torch.where(slope > 0, spent, 0).to(room.dtype))
     else:
         size = _clipped(torch.ones_like(slope) if norm == "linf" else slope, room, slope, need)
     return direction * size
 
 
 def _clipped(speed: Tensor, room: Tensor, slope: Tensor, need: Tensor) -> Tensor:
-    """Return min(scale · speed, room) for the scale at which it times slope sums to `need`, or all the room."""
-    reached, order = torch.where(slope > 0, room / speed, torch.inf).sort(dim=1)
-    clipped = (slope * room).gather(1, order)
-    before = clipped.cumsum(1) - clipped
-    free = (slope * speed).gather(1, order).flip(1).cumsum(1).flip(1)
-    gains = before + torch.where(free > 0, reached * free, torch.inf)
-    place = (gains < need).sum(1, keepdim=True).clamp_(max=gains.shape[1] - 1)
-    scale = (need - before.gather(1, place)) / free.gather(1, place)
-    return torch.where(slope > 0, torch.minimum(scale * speed, room), 0)
+    """Return min(scale · speed, room) for the scale at which it times slope sums to `need`, or all the room.
+
+    The sum is concave in the scale: Newton's steps from below never pass the answer, and reach it once they know
+    which pixels the box clips.
+    """
+    rate, gain = slope * speed, slope * room
+    scale = torch.zeros_like(need)
+    for _ in range(MAX_CLIPPINGS):
+        clipped = scale.to(speed.dtype) * speed >= room
+        left = need - torch.where(clipped, gain, 0).sum(1, keepdim=True, dtype=torch.float64)
+        free = torch.where(clipped, 0, rate).sum(1, keepdim=True, dtype=torch.float64)
+        larger = torch.where(free > 0, left / free, torch.inf).maximum(scale)
+        if scale.device.type == "cpu" and torch.equal(larger, scale):
+            break  # on a device, reading this would cost more than the rounds
+        scale = larger
+    return torch.where(slope > 0, torch.minimum(scale.to(speed.dtype) * speed, room), 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from ares_lightning.attacks.transfer import smooth
 
 KERNEL_SIZE, KERNEL_SPAN = 3, 1.0
 """The Gaussian of one pixel that smooths what the generator gives (the published evaluation)."""
+LEAST_SIZE = 5
+"""Height and width with which every reflection in the generator has enough to reflect."""
 GENERATOR_ROWS = 32
 """Images in one forward of the generator, which works at their full size."""
 NUM_CHANNELS, WIDTHS = 3, (64, 128, 256)
@@ -43,10 +47,19 @@ class CDA(Attack):
 
     generator: str | None = None
 
+    def _identity(self) -> list[Any]:
+        """Return the settings with the content of the generator's file in place of its path."""
+        path = None if self.generator is None else Path(self.generator)
+        content = None if path is None or not path.is_file() else hashlib.blake2b(path.read_bytes()).hexdigest()
+        return [("generator", content) if item[0] == "generator" else item for item in super()._identity()]
+
     def _run(self, search: Search) -> None:
         clean = search.clean
         if clean.shape[1] != NUM_CHANNELS:
             raise ValueError(f"images have {clean.shape[1]} channels; the generator of cda takes {NUM_CHANNELS}")
+        if min(clean.shape[2:]) < LEAST_SIZE:
+            size = f"{clean.shape[2]} x {clean.shape[3]}"
+            raise ValueError(f"images are {size}; the generator of cda takes {LEAST_SIZE} pixels a side or more")
         network = load_generator(self.generator).to(clean)
         made = torch.cat([network(part) for part in torch.split(clean, GENERATOR_ROWS)])
         search.finish(self.ball.project(smooth(made, KERNEL_SIZE, KERNEL_SPAN), clean, search.eps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +14,10 @@ Model = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def guarded(model: Model, device: torch.device) -> Iterator[None]:
+def guarded(model: Model, device: torch.device, key: tuple[object, ...]) -> Iterator[None]:
     """Put a model into eval mode with frozen parameters; on leaving, also after an error, it is as it was.
+
+    key: from which the random numbers follow that a randomised model draws inside; every other model draws none.
 
     Restored are the training flag of every sub-module, `requires_grad` of every parameter and the random
     state of the CPU and of `device`. `.grad` is never written, since attacks differentiate with respect to
@@ -27,6 +30,7 @@ def guarded(model: Model, device: torch.device) -> Iterator[None]:
     trainable = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     devices = [device] if device.type == "cuda" else []
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
+        _seed(device, int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little"))
         try:
             if isinstance(model, nn.Module) and any(training for _, training in modes):
                 model.eval()
@@ -38,6 +42,13 @@ def guarded(model: Model, device: torch.device) -> Iterator[None]:
                 module.training = training
             for parameter in trainable:
                 parameter.requires_grad_(True)
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 @contextmanager

@@ -55,7 +55,10 @@ def as_objective(loss: Loss) -> Objective:
     """Return the objective that raises `loss` for the label, or lowers it for the class to be reached."""
 
     def objective(logits: Tensor, labels: Tensor, aims: Tensor | None) -> Tensor:
-        return loss(logits, labels) if aims is None else -loss(logits, aims)
+        value = loss(logits, labels) if aims is None else -loss(logits, aims)
+        if value.shape != logits.shape[:1]:
+            raise ValueError(f"the loss has shape {list(value.shape)}; expected [{len(logits)}], one a sample")
+        return value
 
     return objective
 

@@ -118,6 +118,9 @@ class DeepFool(Attack):
         takes the nearest. A targeted sample knows one boundary, that of the target with the largest other class.
     overshoot: share of its length that is added to the perturbation, 0.02 as in the paper (section 3.2).
 
+    No step is shorter than 1e-4, which the authors' code adds to every step: at a curved boundary they would grow
+    ever shorter, and the last image would lie on the boundary itself.
+
     Pixels at a side of the box do not press on; every image passed is clamped to the box and, where there is a
     budget, projected onto its ball. The logits themselves are linearised: `craft` has no use for another `loss`.
 
@@ -166,13 +169,19 @@ class DeepFool(Attack):
             slopes = _dual_norm(gradients.flatten(0, 1), self.norm).view_as(passed.loss)
             length, nearest = (passed.loss.double().abs() / slopes).min(1)
             gradient = gradients[torch.arange(len(nearest), device=nearest.device), nearest]
-            rows.travelled = rows.travelled + self.ball.steepest_step(rows.images, gradient, length)
+            rows.travelled = rows.travelled + self.ball.steepest_step(
+                rows.images, gradient, length.clamp(min=LEAST_STEP)
+            )
             images = search.clean + (1 + self.overshoot) * rows.travelled
             rows.images = self.ball.project(images, search.clean, search.eps)
             passed = search.forward(rows.images, gaps, aims=rows.classes, where=rows.standing)
             if not len(search):
                 return
             rows.standing = rows.standing & ~passed.broken
+
+
+LEAST_STEP = 1e-4
+"""Of DeepFool, in its norm."""
 
 
 @dataclass(frozen=True, kw_only=True)

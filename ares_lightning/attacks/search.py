@@ -65,10 +65,11 @@ class Passes:
         return self.precision == "bf16" or self.search_on is not None
 
     def parts(self, num_rows: int, backward: bool) -> Iterator[slice]:
-        """Cut rows into parts that one pass may take."""
-        size = num_rows if self.batch_size is None else self.batch_size * (1 if backward else FORWARD_ROWS)
-        for start in range(0, num_rows, max(size, 1)):
-            yield slice(start, min(start + size, num_rows))
+        """Cut rows into as few parts as passes may take, of about the same size."""
+        most = num_rows if self.batch_size is None else self.batch_size * (1 if backward else FORWARD_ROWS)
+        num_parts = -(-num_rows // max(most, 1))
+        for k in range(num_parts):
+            yield slice(k * num_rows // num_parts, (k + 1) * num_rows // num_parts)
 
 
 class Search:
@@ -225,7 +226,8 @@ class Search:
         self.images[self.rows.index] = images
 
     def close(self) -> None:
-        """Write down what was spent on the samples that remain."""
+        """Write down what was found and spent on the samples that remain."""
+        self.found[self.rows.index] = self.rows.nearest.isfinite()
         self.forwards[self.rows.index] = self.rows.forwards
         self.backwards[self.rows.index] = self.rows.backwards
 
@@ -312,8 +314,6 @@ class Search:
             with torch.set_grad_enabled(backward):
                 logits = self._logits(points if view is None else view(points, index), labels)
                 loss = objective(logits, labels, aims)
-            if loss.ndim not in (1, 2) or len(loss) != len(images):
-                raise ValueError(f"the loss has shape {list(loss.shape)}; expected [{len(images)}], one a sample")
             losses.append(loss.detach())
             if counts:
                 scores.append(logits.detach().softmax(1, dtype=torch.float64) if eot > 1 else logits.detach())
@@ -440,8 +440,12 @@ def is_broken(prediction: Tensor, labels: Tensor, targets: Tensor | None) -> Ten
 
 def _logits(model: Model, images: Tensor) -> Tensor:
     logits = model(images)
-    if logits.ndim != 2 or len(logits) != len(images):
-        raise ValueError(f"the model returned shape {list(logits.shape)}; expected logits [{len(images)}, classes]")
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model returned a {type(logits).__name__}; expected logits [{len(images)}, classes]")
+    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
+        raise ValueError(
+            f"the model returned shape {list(logits.shape)}; expected logits [{len(images)}, classes], two at least"
+        )
     return logits
 
 

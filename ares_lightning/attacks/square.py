@@ -169,7 +169,8 @@ class Square(Attack):
         if self.norm == "l1":
             return self.ball.project(search.clean + delta, search.clean, search.eps)
         norm = torch.linalg.vector_norm(delta.flatten(1), dim=1, dtype=torch.float64)
-        return (search.clean + delta * per_sample(search.eps / (norm + NO_MASS), delta)).clamp_(0, 1)
+        images = (search.clean + delta * per_sample(search.eps / (norm + NO_MASS), delta)).clamp_(0, 1)
+        return self.ball.take_back(images, search.clean, search.eps)
 
 
 def _margin_or_cross_entropy(logits: Tensor, labels: Tensor, aims: Tensor | None) -> Tensor:

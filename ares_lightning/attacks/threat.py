@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 MAX_CLIPPINGS = 32
-"""Rounds of the L2 projection; each but the last clips a pixel more. Were they too few, points would lie inside."""
+"""Rounds that find a scale; each but the last clips a pixel more. Were they too few, steps would fall short."""
+
+SLACK = {torch.float32: 1e-5, torch.float64: 1e-9}
+"""By how much, relative to it, rounding may take an image past an L2 or L1 budget."""
 
 ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 """The p of each norm."""
@@ -64,6 +67,16 @@ class Ball(ABC):
     @abstractmethod
     def project(self, images: Tensor, clean: Tensor, eps: Budget) -> Tensor:
         """Return the points of ball ∩ box that are nearest to `images` in the Euclidean sense."""
+
+    def take_back(self, images: Tensor, clean: Tensor, eps: Budget) -> Tensor:
+        """Return `images`, scaled back to the budget where rounding has put them past it by half of SLACK."""
+        budget = torch.as_tensor(eps, dtype=torch.float64, device=clean.device).reshape(-1)
+        distance = self.distance(images, clean)
+        beyond = distance > budget * (1 + SLACK[clean.dtype] / 2)
+        if clean.device.type == "cpu" and not bool(beyond.any()):
+            return images  # on a device, reading this would cost more than the scaling
+        size = (images.double() - clean.double()).abs() * per_pixel(budget / distance)
+        return torch.where(per_pixel(beyond), _displace(clean, images, size), images)
 
     @abstractmethod
     def steepest_step(self, images: Tensor, gradient: Tensor, size: Budget) -> Tensor:

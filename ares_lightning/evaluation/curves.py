@@ -45,12 +45,14 @@ class Curve(Evaluator):
     def __post_init__(self) -> None:
         if not self.eps or list(self.eps) != sorted(set(self.eps)):
             raise ValueError(f"eps={list(self.eps)}: expected a rising list of budgets")
+        if self.attack.needs_targets:
+            raise ValueError(f"attack={self.attack.name}: knows a targeted form only, and a curve has no targets")
 
     def verdicts(
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
     ) -> Iterator[Verdicts]:
         """Yield budget 0 (the clean images) and then each budget of the grid."""
-        clean = clean_outcome(net, images, labels, replace(passes, eot=self.attack.eot))
+        clean = clean_outcome(net, images, labels, sample_ids, seed, replace(passes, eot=self.attack.eot))
         yield Verdicts(self.attack.name, self.attack.norm, 0.0, clean)
         bounds = _Bounds(self.attack, clean, len(self.eps), net, images, labels, sample_ids, seed, passes)
         self._search(bounds)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -66,16 +68,19 @@ class CleanEvaluator(Evaluator):
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
     ) -> Iterator[Verdicts]:
         """Yield the clean predictions as verdicts at budget 0 (1 F)."""
-        yield Verdicts("none", None, 0.0, clean_outcome(net, images, labels, passes))
+        yield Verdicts("none", None, 0.0, clean_outcome(net, images, labels, sample_ids, seed, passes))
 
 
 @dataclass(frozen=True)
 class AttackEvaluator(Evaluator):
     """Does the attack break the sample within its budget?
 
-    targets: None, any wrong class counts; `random`, a wrong class drawn for each sample from seed and sample id, or
-        `least_likely`, the one with the smallest clean logit. Then that class alone counts, and what is
-        misclassified from the start is broken without an attack. The classes cost one forward more.
+    targets: None, any wrong class counts; `random`, a wrong class drawn for each sample from seed and sample id;
+        `least_likely`, the one with the smallest clean logit; or the path of a CSV file with the columns sample_id
+        and target. Then that class alone counts, and what is misclassified from the start is broken without an
+        attack. The classes cost one forward more.
+
+    Raises ValueError for targets that the attack cannot use, and for a file that lacks a sample.
     """
 
     attack: Attack
@@ -83,7 +88,7 @@ class AttackEvaluator(Evaluator):
 
     def __post_init__(self) -> None:
         if self.targets not in (None, *TARGETS):
-            raise ValueError(f"targets={self.targets}: expected null, {' or '.join(TARGETS)}")
+            self._read_targets()
         if self.targets is None and self.attack.needs_targets:
             raise ValueError(
                 f"targets=null: {self.attack.name} knows a targeted form only; expected {' or '.join(TARGETS)}"
@@ -95,6 +100,27 @@ class AttackEvaluator(Evaluator):
     def attack_fingerprint(self) -> str:
         """The fingerprint of the attack."""
         return self.attack.fingerprint
+
+    def fingerprint(self, seed: int, precision: str) -> str:
+        """Return a hash of everything that decides the verdicts; of a file of targets the content counts."""
+        if self.targets in (None, *TARGETS):
+            return super().fingerprint(seed, precision)
+        content = hashlib.blake2b(Path(str(self.targets)).read_bytes(), digest_size=8).hexdigest()
+        return replace(self, targets=None).fingerprint(seed, f"{precision} {content}")
+
+    def _read_targets(self) -> pd.Series[int]:
+        """Return the targets of the file by sample id."""
+        path = Path(str(self.targets))
+        if not path.is_file():
+            known = ", ".join(TARGETS)
+            raise ValueError(f"targets={path}: expected null, {known} or a CSV file with columns sample_id, target")
+        table = pd.read_csv(path)
+        columns = ["sample_id", "target"]
+        if not set(columns) <= set(table) or table[columns].dtypes.ne("int64").any():
+            raise ValueError(f"targets={path}: expected whole numbers in columns sample_id and target")
+        if not table["sample_id"].is_unique:
+            raise ValueError(f"targets={path}: names a sample_id twice; expected one target a sample")
+        return table.set_index("sample_id")["target"]
 
     def verdicts(
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
@@ -118,7 +144,8 @@ class AttackEvaluator(Evaluator):
         if self.targets is None:
             outcome = attack(images, labels, sample_ids)
         else:
-            logits, prediction = _predict_clean(net, images, Passes(passes.batch_size, eot=self.attack.eot))
+            draws = Passes(passes.batch_size, eot=self.attack.eot)
+            logits, prediction = _predict_clean(net, images, sample_ids, seed, draws)
             targets = self._classes(logits, labels, sample_ids, seed)
             right = (prediction == labels).nonzero().squeeze(1)
             found = attack(images[right], labels[right], sample_ids[right.to(sample_ids.device)], targets[right])
@@ -128,20 +155,39 @@ class AttackEvaluator(Evaluator):
 
     def _classes(self, logits: Tensor, labels: Tensor, sample_ids: Tensor, seed: int) -> Tensor:
         """Return a wrong class of each sample, int64 [N]."""
+        if self.targets not in TARGETS:
+            return self._given_classes(labels, sample_ids)
         if self.targets == "least_likely":
             return logits.scatter(1, labels[:, None], torch.inf).argmin(1)
         draw = sample_noise("uniform", (seed, "targets"), sample_ids.tolist(), (1,), logits.double()).squeeze(1)
         other = ((draw + 1) / 2 * (logits.shape[1] - 1)).long()
         return other + (other >= labels)
 
+    def _given_classes(self, labels: Tensor, sample_ids: Tensor) -> Tensor:
+        given = self._read_targets().reindex(sample_ids.tolist())
+        if given.isna().any():
+            raise ValueError(f"targets={self.targets}: has no row for sample_id {given.index[given.isna()][0]}")
+        targets = torch.tensor(given.astype("int64").to_numpy(), device=labels.device)
+        same = (targets == labels).nonzero().squeeze(1)
+        if len(same):
+            name = int(sample_ids[int(same[0])])
+            raise ValueError(
+                f"targets={self.targets}: gives sample_id {name} its own label; expected another class"
+            )
+        return targets
 
-def clean_outcome(net: nn.Module, images: Tensor, labels: Tensor, passes: Passes) -> Outcome:
+
+def clean_outcome(
+    net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
+) -> Outcome:
     """Return what the clean images show: misclassified samples are broken at distance 0."""
-    return _unattacked(images, labels, _predict_clean(net, images, passes)[1])
+    return _unattacked(images, labels, _predict_clean(net, images, sample_ids, seed, passes)[1])
 
 
-def _predict_clean(net: nn.Module, images: Tensor, passes: Passes) -> tuple[Tensor, Tensor]:
-    with guarded(net, images.device), full_precision(images.device):
+def _predict_clean(
+    net: nn.Module, images: Tensor, sample_ids: Tensor, seed: int, passes: Passes
+) -> tuple[Tensor, Tensor]:
+    with guarded(net, images.device, (seed, "clean", *sample_ids.tolist())), full_precision(images.device):
         return predict(net, images, passes)
 
 

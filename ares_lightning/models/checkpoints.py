@@ -42,10 +42,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def load_network(network: nn.Module, state_dict: dict[str, Tensor], path: Path, prefix: str = "net.") -> None:
     """Load the entries of `state_dict` that start with `prefix` into `network`, all of them or none.
 
+    Files from before PyTorch 0.4.1 lack the batch norms' `num_batches_tracked`, which inference never looks at; the
+    network then keeps its own.
+
     Raises CheckpointError naming `path` and the keys or shapes that do not fit.
     """
     weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     own = network.state_dict()
+    counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    weights = {**counters, **weights}
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unexpected:
         raise CheckpointError(

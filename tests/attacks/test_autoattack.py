@@ -8,6 +8,7 @@ from contract import BriefAutoAttack
 from networks import Counting, SmallNet, predicted
 
 from ares_lightning.attacks import make_attack
+from ares_lightning.attacks.autoattack import AutoAttack
 
 EPS = {"linf": 0.02, "l2": 0.1, "l1": 0.5}
 
@@ -36,6 +37,16 @@ def test_the_members_are_those_of_the_official_versions(norm):
         ("apgd_ce", {"steps": 100, "restarts": 1}),
         ("apgd_dlr", {"steps": 100, "restarts": 1}),
     ]
+
+
+def test_changing_version_or_norm_changes_what_depends_on_it():
+    rand = AutoAttack(version="rand")
+    assert rand.eot == 20
+    assert {attack.eot for attack in rand.members} == {20}
+    assert rand.replace(version="standard") == AutoAttack()
+    assert rand.replace(eps=0.1).eot == 20
+    assert rand.replace(version="plus", eot=3).eot == 3
+    assert AutoAttack().replace(norm="l1", eps=12).members == AutoAttack(norm="l1", eps=12).members
 
 
 def test_l1_has_five_restarts_and_five_targets():

@@ -176,6 +176,17 @@ def test_the_class_of_uniform_noise_finds_a_start_as_well(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_gives_classes_only_will_do(name, images):
+    net = SmallNet().double().eval()
+    labels = predicted(net, images)
+    attack = make_attack(name, norm="l2", queries=60)
+    outcome = attack(lambda x: torch.nn.functional.one_hot(net(x).argmax(1), 10).double(), images, labels)
+    expected = attack(net, images, labels)
+    assert torch.equal(outcome.images, expected.images)
+    assert torch.equal(outcome.forwards, expected.forwards)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_sample_without_a_start_is_not_broken(name, images):
     labels = torch.zeros(12, dtype=torch.int64)
     always = torch.tensor([1.0, -1.0], dtype=torch.float64)

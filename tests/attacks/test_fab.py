@@ -92,7 +92,7 @@ def test_no_step_is_made_from_the_boundary_or_without_a_gradient(norm):
     assert not boundary_step(points, normal, torch.zeros_like(value), norm).any()
     assert not boundary_step(points, torch.zeros_like(normal), value, norm).any()
     steep = boundary_step(points.float(), normal.float() * 1e-20, value.float() * 1e-20, norm)
-    torch.testing.assert_close(steep, boundary_step(points, normal, value, norm), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(steep.double(), boundary_step(points, normal, value, norm), rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture

@@ -206,3 +206,14 @@ def test_what_a_generator_cannot_take_is_refused(path, images):
     grey = SmallNet(in_chans=1).double()
     with pytest.raises(ValueError, match="images have 1 channels; the generator of cda takes 3"):
         CDA(generator=path).craft(grey, images[:, :1], labels)
+    assert CDA(generator=path).craft(net, images[..., :5, :], labels).shape == (12, 3, 5, 5)
+    with pytest.raises(ValueError, match="images are 4 x 5; the generator of cda takes 5 pixels a side or more"):
+        CDA(generator=path).craft(net, images[..., :4, :], labels)
+
+
+def test_the_fingerprint_is_that_of_the_generators_content(path, weights, tmp_path):
+    moved = tmp_path / "moved.pth"
+    moved.write_bytes(Path(path).read_bytes())
+    assert CDA(generator=str(moved)).fingerprint == CDA(generator=path).fingerprint
+    torch.save({key: value + 1 for key, value in weights.items()}, moved)
+    assert CDA(generator=str(moved)).fingerprint != CDA(generator=path).fingerprint

@@ -42,7 +42,8 @@ def test_deepfool_finds_the_nearest_boundary_of_a_linear_model_in_one_step(norm,
     net, images, labels, radius = linear_case(num_classes, norm, n=64)
     nearest, target = radius.min(1)
     attack = DeepFool(norm=norm)
-    torch.testing.assert_close(ratios(attack, net, images, labels, nearest), torch.full_like(nearest, 1.02))
+    expected = 1.02 * nearest.clamp(min=1e-4) / nearest
+    torch.testing.assert_close(ratios(attack, net, images, labels, nearest), expected)
     outcome = attack(net, images, labels)
     assert torch.equal(outcome.adversarial_prediction, target)
     assert outcome.forwards.tolist() == [2] * 64
@@ -155,6 +156,51 @@ def test_deepfool_steps_no_further_than_the_budget():
     nearest = radius.amin(1)
     assert DeepFool()(net, images, labels, eps=1.01 * nearest).broken.all(), "its overshoot alone would be 1.02"
     assert not DeepFool(steps=3)(net, images, labels, eps=0.999 * nearest).broken.any()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_deepfool_does_not_stop_on_a_curved_boundary(norm):
+    class Ball(torch.nn.Module):
+        """Class 1 inside of a sphere around grey."""
+
+        def forward(self, images):
+            inside = 1.0 - (images - 0.5).flatten(1).square().sum(1)
+            return torch.stack([torch.zeros_like(inside), inside], 1)
+
+    images = torch.rand(32, 1, 4, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    labels = predicted(Ball(), images)
+    assert labels.unique().tolist() == [0, 1]
+    outcome = DeepFool(norm=norm, overshoot=0)(Ball(), images, labels)
+    assert outcome.broken.all()
+    assert outcome.forwards.max() < 20
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("attack", EVERY, ids=lambda attack: f"{attack.name}-{attack.norm}")
+def test_a_nearest_example_that_other_rows_in_a_pass_would_undo_is_pushed_on(attack, targeted, images):
+    class Wavering(torch.nn.Module):
+        """Leans, by rounding errors, towards the label where no gradient is asked for."""
+
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, images):
+            logits = self.net(images)
+            lean = torch.zeros_like(logits) if torch.is_grad_enabled() else 20 * torch.finfo(logits.dtype).eps
+            return logits + lean * logits.abs().amax() * torch.nn.functional.one_hot(labels[:1], logits.shape[1])
+
+    net = Wavering(SmallNet().eval())
+    images = (0.05 + 0.9 * images).float()
+    labels = predicted(net.net, images)
+    same = labels == labels[0]
+    images, labels = images[same], labels[same]
+    targets = (labels + 1) % 10 if targeted else None
+    outcome = attack(net, images, labels, targets=targets)
+    free = attack(net.net, images, labels, targets=targets)
+    assert free.broken.any()
+    assert torch.equal(outcome.broken, free.broken)
+    torch.testing.assert_close(outcome.distance, free.distance, rtol=2e-3, atol=0)
 
 
 def test_crafting_leaves_an_image_clean_where_nothing_is_found(images):

@@ -154,7 +154,7 @@ def test_one_crafted_batch_serves_many_victims(images):
     labels = predicted(near, images)
     attack = make_attack("bim", eps=0.2, steps=4)
     outcomes = attack(surrogate, images, labels, victim={"near": near, "far": far})
-    assert surrogate.forwards == 4 * len(images), "the images are made once, without feedback"
+    assert surrogate.forwards == (1 + 4) * len(images), "the clean images once, then four steps for all"
     crafted = attack.craft(surrogate, images, labels)
     for name, victim in (("near", near), ("far", far)):
         right = predicted(victim, images) == labels
@@ -249,6 +249,33 @@ def test_input_that_makes_no_sense_is_refused(change, message, way, images):
     attack = make_attack("pgd")
     with pytest.raises(ValueError, match=message):
         (attack if way == "verdict" else attack.craft)(net, **arguments)
+
+
+@pytest.mark.parametrize("way", ["verdict", "craft", "victim"])
+def test_what_a_model_returns_is_named_where_it_is_no_logits(way, images):
+    net = SmallNet().double().eval()
+    labels, attack = predicted(net, images), make_attack("pgd")
+
+    def attacked(model, labels=labels):
+        if way == "craft":
+            return attack.craft(model, images, labels)
+        return attack(model, images, labels, victim=net if way == "victim" else None)
+
+    with pytest.raises(ValueError, match="the model returned a tuple; expected logits"):
+        attacked(lambda x: (net(x), x))
+    with pytest.raises(ValueError, match=r"the model returned shape \[12, 1\]; expected logits .*, two at least"):
+        attacked(lambda x: net(x)[:, :1], labels * 0)
+    if way != "craft":
+        with pytest.raises(ValueError, match="returns probabilities"):
+            attacked(lambda x: net(x).softmax(1))
+        with pytest.raises(ValueError, match="not finite for 12 of 12"):
+            attacked(lambda x: net(x) * torch.nan)
+
+
+def test_a_loss_gives_one_value_a_sample(images):
+    net = SmallNet().double().eval()
+    with pytest.raises(ValueError, match=r"the loss has shape \[12, 10\]; expected \[12\]"):
+        make_attack("pgd").craft(net, images, predicted(net, images), loss=lambda logits, labels: -logits)
 
 
 def test_a_model_without_gradients_is_named(images):

@@ -10,6 +10,7 @@ from torch import multiprocessing, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ares_lightning.attacks import make_attack
+from ares_lightning.attacks.threat import BALLS
 
 
 class Recording(nn.Module):
@@ -31,11 +32,11 @@ def test_passes_take_no_more_rows_than_asked_for_and_survivors_are_repacked():
     labels = predicted(net, images)
     net.sizes.clear()
     outcome = make_attack("pgd", eps=0.03, steps=10)(net, images, labels, batch_size=8)
-    assert max(size for size, backward in net.sizes if backward) == 8
-    assert max(size for size, backward in net.sizes if not backward) == 32
+    assert max(size for size, backward in net.sizes if backward) <= 8
+    assert 8 < max(size for size, backward in net.sizes if not backward) <= 32
     assert 0 < (~outcome.broken).sum() < 25
     calls = sum(backward for _, backward in net.sizes)
-    assert calls <= 10 + outcome.forwards.sum() / 8, "all parts but the last of an iteration are full"
+    assert calls <= 10 + outcome.forwards.sum() / 8, "an iteration takes no more parts than it must"
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd_ce", "apgd_t", "fab_t", "square", "autoattack"])
@@ -50,8 +51,17 @@ def test_every_sample_may_have_its_own_budget(name, images):
         one = attack.replace(eps=budgets[i].item())(net, images[i : i + 1], labels[i : i + 1], sample_ids=[i])
         for column in COLUMNS:
             torch.testing.assert_close(getattr(one, column)[0], getattr(together, column)[i], rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match=r"eps has shape \[3\]; expected \[12\]"):
-        attack(net, images, labels, eps=budgets[:3])
+    for wrong, message in [
+        (budgets[:3], r"eps has shape \[3\]; expected \[12\]"),
+        (-budgets, r"eps=-0\.005: expected budgets of at least 0"),
+        (budgets / 0, "eps=inf: expected budgets of at least 0"),
+    ]:
+        if attack.nearest and "inf" in message:
+            continue
+        with pytest.raises(ValueError, match=message):
+            attack(net, images, labels, eps=wrong)
+    listed = attack(net, images, labels, eps=budgets.tolist())
+    assert torch.equal(listed.images, together.images)
 
 
 def test_what_bf16_shows_broken_leaves_only_when_full_precision_confirms_it():
@@ -109,6 +119,30 @@ def test_draws_of_a_randomised_model_are_averaged_in_gradient_and_verdict():
     assert attack.replace(eps=0.2)(net, images, labels).broken.all()
     single = make_attack("pgd", eps=0.02, steps=40)(net, images, labels)
     assert single.forwards.max() < 40, "with one draw the noise breaks it"
+
+
+def test_draws_of_a_randomised_model_follow_the_seed():
+    images = torch.full((8, 1, 4, 4), 0.55, dtype=torch.float64)
+    labels = torch.ones(8, dtype=torch.int64)
+    net, attack = Randomised(0.1), make_attack("pgd", eps=0.02, steps=5)
+
+    def found(seed, noise):
+        torch.manual_seed(noise)
+        return attack(net, images, labels, seed=seed).forwards.tolist()
+
+    assert found(0, 1) == found(0, 2)
+    assert len({tuple(found(seed, 1)) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize(("name", "norm"), [case for case in CASES if case[1] != "linf"])
+def test_rounding_takes_no_image_past_a_tiny_budget(name, norm):
+    eps = {"l2": 2e-3, "l1": 0.05}[norm]
+    images = torch.rand(2, 3, 96, 112, generator=torch.Generator().manual_seed(8))
+    net = SmallNet().eval()
+    labels = predicted(net, images)
+    targets = (labels + 1) % 10 if name in TARGETED_ONLY else None
+    made = cheap(name, norm=norm, eps=eps).craft(net, images, labels, targets=targets)
+    assert BALLS[norm].distance(made, images).max() <= eps * (1 + 1e-5)
 
 
 def run_shard(rank: int, folder: str) -> None:

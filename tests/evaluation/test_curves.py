@@ -89,3 +89,8 @@ def test_budgets_must_rise(eps):
 def test_the_usual_budgets_are_multiples_of_the_threat_models():
     assert curve_budgets(0.1, None) == pytest.approx((0.025, 0.05, 0.075, 0.1, 0.15, 0.2))
     assert curve_budgets(0.1, [0.3]) == (0.3,)
+
+
+def test_a_curve_of_an_attack_that_needs_targets_is_refused():
+    with pytest.raises(ValueError, match="attack=tta: knows a targeted form only"):
+        ExactCurve("curve", make_attack("tta"), (0.1,))

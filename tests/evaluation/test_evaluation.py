@@ -265,6 +265,36 @@ def test_random_targets_belong_to_the_sample(data, net, tmp_path):
     assert (both["first:30"] == both["random:100@1"]).all()
 
 
+def test_targets_may_come_from_a_file(data, net, tmp_path):
+    attack, path = make_attack("fgsm", eps=0.1), tmp_path / "targets.csv"
+    subset = select_subset(data.test_set, "first:30")
+    given = pd.DataFrame({"sample_id": subset.sample_ids, "target": (subset.labels + 3) % 10}).sample(frac=1)
+    given.to_csv(path, index=False)
+    evaluator = AttackEvaluator("aimed", attack, str(path))
+    evaluation(data, "first:30", evaluators=[evaluator]).run(net, tmp_path / "run", CPU)
+    rows = pd.read_parquet(tmp_path / "run" / "verdicts").set_index("sample_id")
+    assert rows["target"].sort_index().tolist() == given.sort_values("sample_id")["target"].tolist()
+    before = evaluator.fingerprint(0, "fp32")
+    given[:20].to_csv(path, index=False)
+    assert evaluator.fingerprint(0, "fp32") != before
+    missing = given["sample_id"][20:].tolist()
+    with pytest.raises(ValueError, match=r"targets\.csv: has no row for sample_id") as caught:
+        evaluation(data, "first:30", evaluators=[evaluator]).run(net, tmp_path / "short", CPU)
+    assert int(str(caught.value).split()[-1]) in missing
+    for content, message in [
+        ("sample_id,class\n1,2\n", "expected whole numbers in columns sample_id and target"),
+        ("sample_id,target\n1,cat\n", "expected whole numbers in columns sample_id and target"),
+        ("sample_id,target\n1,2\n1,3\n", "names a sample_id twice"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            AttackEvaluator("aimed", attack, str(path))
+    given["target"] = subset.labels[0].item()
+    given.to_csv(path, index=False)
+    with pytest.raises(ValueError, match=f"gives sample_id {subset.sample_ids[0]} its own label"):
+        evaluation(data, "first:30", evaluators=[evaluator]).run(net, tmp_path / "own", CPU)
+
+
 def test_no_budget_is_null_in_the_summary(data, net, tmp_path):
     evaluators = [AttackEvaluator("nearest", make_attack("fmn", eps=None, steps=10))]
     (row,) = evaluation(data, subset="first:10", evaluators=evaluators).run(net, tmp_path, CPU)
