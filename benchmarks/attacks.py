@@ -256,7 +256,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--n", type=int, default=200, help="images, in equal shares of the classes (default 200)")
     parser.add_argument("--eps", type=_budget, help="L-inf budget such as 8/255 (the default; digits: 0.1)")
-    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--epochs", type=int, default=10, help="of the training on digits")

@@ -220,7 +220,9 @@ CONTESTS = {
             ),
         ),
     ),
-    "autoattack": Contest("standard", (ares("autoattack"), pyautoattack())),
+    "autoattack": Contest(
+        "standard", (ares("autoattack"), ares("autoattack", "ares bf16", bf16=True), pyautoattack())
+    ),
     "fmn": Contest(
         f"nearest in L-inf, {FMN_STEPS} steps",
         (

@@ -226,7 +226,7 @@ def _clipped(speed: Tensor, room: Tensor, slope: Tensor, need: Tensor) -> Tensor
         left = need - torch.where(clipped, gain, 0).sum(1, keepdim=True, dtype=torch.float64)
         free = torch.where(clipped, 0, rate).sum(1, keepdim=True, dtype=torch.float64)
         larger = torch.where(free > 0, left / free, torch.inf).maximum(scale)
-        if scale.device.type == "cpu" and torch.equal(larger, scale):
-            break  # on a device, reading this would cost more than the rounds
+        if torch.equal(larger, scale):
+            break
         scale = larger
     return torch.where(slope > 0, torch.minimum(scale.to(speed.dtype) * speed, room), 0)
