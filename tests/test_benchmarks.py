@@ -63,6 +63,13 @@ def test_passes_are_counted_by_what_reaches_the_network(report):
         assert rows["foolbox"]["backwards_per_image"] == 10
 
 
+def test_the_page_shows_the_results_as_they_are():
+    printed = subprocess.run([sys.executable, str(SCRIPT.with_name("table.py"))], capture_output=True, text=True)
+    page = (SCRIPT.parents[1] / "docs" / "attacks.md").read_text()
+    assert printed.stdout.count("\n") > 5
+    assert printed.stdout in page, "put what `python benchmarks/table.py` prints into docs/attacks.md"
+
+
 def test_a_resnet20_is_read_from_published_weights_and_images_from_a_folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     subjects = importlib.import_module("subjects")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -42,8 +42,11 @@ class Evaluator(ABC):
 
     def fingerprint(self, seed: int, precision: str) -> str:
         """Return a hash of everything that decides this evaluator's verdicts on a given model and sample."""
-        parts = f"{self!r} {self.attack_fingerprint} {seed} {precision}"
+        parts = f"{self._identity()} {self.attack_fingerprint} {seed} {precision}"
         return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
+
+    def _identity(self) -> str:
+        return repr(self)
 
     @property
     def attack_fingerprint(self) -> str | None:
@@ -101,12 +104,11 @@ class AttackEvaluator(Evaluator):
         """The fingerprint of the attack."""
         return self.attack.fingerprint
 
-    def fingerprint(self, seed: int, precision: str) -> str:
-        """Return a hash of everything that decides the verdicts; of a file of targets the content counts."""
+    def _identity(self) -> str:
+        """Return what tells the evaluator from others; of a file of targets the content counts."""
         if self.targets in (None, *TARGETS):
-            return super().fingerprint(seed, precision)
-        content = hashlib.blake2b(Path(str(self.targets)).read_bytes(), digest_size=8).hexdigest()
-        return replace(self, targets=None).fingerprint(seed, f"{precision} {content}")
+            return repr(self)
+        return f"{self.name} {self.attack!r} {Path(str(self.targets)).read_bytes()!r}"
 
     def _read_targets(self) -> pd.Series[int]:
         """Return the targets of the file by sample id."""

@@ -275,6 +275,9 @@ def test_targets_may_come_from_a_file(data, net, tmp_path):
     rows = pd.read_parquet(tmp_path / "run" / "verdicts").set_index("sample_id")
     assert rows["target"].sort_index().tolist() == given.sort_values("sample_id")["target"].tolist()
     before = evaluator.fingerprint(0, "fp32")
+    assert AttackEvaluator("aimed", make_attack("tta", eps=0.1), str(path)).fingerprint(0, "fp32") != before
+    path.rename(tmp_path / "moved.csv")
+    assert AttackEvaluator("aimed", attack, str(tmp_path / "moved.csv")).fingerprint(0, "fp32") == before
     given[:20].to_csv(path, index=False)
     assert evaluator.fingerprint(0, "fp32") != before
     missing = given["sample_id"][20:].tolist()
