@@ -56,8 +56,8 @@ class Attack(ABC):
         as soon as one within it is found.
     eot: draws of a randomised model (Athalye et al. 2018, arXiv 1802.00420): every gradient is the mean over them,
         and every prediction, in the search and in the verdict, is the class of the largest mean probability. The
-        model's own random numbers follow from `seed`, the attack's name and the sample ids of the call: as they
-        are shared by a batch, only the results of models that draw none are independent of the batch.
+        model's own numbers from torch's generators follow from `seed`, the attack's name and the sample ids of the
+        call: shared by a batch as they are, only models that draw none have results independent of the batch.
 
     Raises ValueError for a setting that makes no sense, with the key and its value.
     """
@@ -177,12 +177,12 @@ class Attack(ABC):
         images: float32 or float64 in [0, 1]; labels: int64 [N].
         targets: int64 [N] makes the attack targeted: only a prediction of the target counts.
         victim: a model, or models by name: craft on `model` without feedback, once, and take the verdict on
-            each victim; with names the result is one Outcome a name. A minimum-distance attack leaves an image
-            that `model` misclassifies as it is.
+            each victim; with names the result is one Outcome a name. FAB, DeepFool and FMN leave an image that
+            `model` misclassifies as it is, for that is the nearest.
         sample_ids: [N] integers from which, with `seed`, all randomness of a sample follows; default 0 … N−1.
         eps: a budget for each sample, [N], in place of the attack's one; finite but for a minimum-distance attack.
         batch_size: images that one pass of the model with a backward takes at most (passes without take four
-            times as many), by default all. Hand in many batches at once: survivors are repacked into full ones.
+            times as many), by default all. Hand in many batches at once: survivors share as few passes as they can.
         precision: of the passes in the search, `fp32` (the images' own, with autocast and TF32 off) or `bf16`
             (autocast). What bf16 shows as broken is looked at again, and every verdict is taken, in the images'
             own precision.
@@ -207,7 +207,7 @@ class Attack(ABC):
         _check_values(images, labels, targets)
         budgets = self._budgets(images, eps)
         passes = Passes(batch_size, precision, self.eot, search_on)
-        key, wants_logits = (seed, self.name, *ids), self.kind != "decision-based"
+        key, wants_logits = (int(seed), self.name, *ids), self.kind != "decision-based"
         if victim is not None:
             with guarded(model, images.device, key), full_precision(images.device):
                 logits, _ = _predict_clean(model, images, labels, targets, ids, passes, wants_logits)
@@ -269,7 +269,7 @@ class Attack(ABC):
         objective = self._objective() if loss is None else as_objective(loss)
         budgets = self._budgets(images, None)
         passes = Passes(eot=self.eot)
-        with guarded(model, images.device, (seed, self.name, *ids)):
+        with guarded(model, images.device, (int(seed), self.name, *ids)):
             return self._craft(model, images, labels, targets, budgets, ids, seed, objective, passes).images
 
     def _craft(
@@ -311,7 +311,7 @@ class Attack(ABC):
             raise ValueError(f"eps has shape {list(budgets.shape)}; expected [{len(images)}], one budget an image")
         allowed = budgets >= 0 if self.nearest else (budgets >= 0) & budgets.isfinite()
         if not bool(allowed.all()):
-            raise ValueError(f"eps={float(budgets[~allowed][0])}: expected budgets of at least 0, such as 8/255")
+            raise ValueError(f"eps={float(budgets[~allowed][0])}: expected finite budgets of at least 0")
         return budgets
 
 
@@ -422,7 +422,7 @@ def _verdict(
     adversarial, adversarial_prediction = images.clone(), clean_prediction.clone()
     if len(attacked):
         logits, prediction = predict(model, found, passes)
-        if search.feedback:
+        if search.feedback and passes.eot == 1:
             rest = (attacked_labels, attacked_targets, budgets[attacked], logits, prediction, passes)
             _push_on(model, search, found, images[attacked], *rest)
         broken = is_broken(prediction, attacked_labels, attacked_targets)
@@ -454,29 +454,31 @@ def _push_on(
     prediction: Tensor,
     passes: Passes,
 ) -> None:
-    """Push on, within their budgets, the images `found` whose verdict rounding alone has turned.
+    """Push on the images `found`, where the budget leaves room, whose verdict rounding alone has turned.
 
     With other rows beside it in a pass, an image on the decision boundary may change sides: the verdict would
     depend on the batch. `found` and `prediction` are changed in place.
     """
     broken = is_broken(prediction, labels, targets)
     gap = margin(logits, labels if targets is None else targets).abs()
-    lost = ROUNDING_ERRORS * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
-    undone = search.found & ~broken & (gap <= lost)
+    lost = min(ROUNDING_ERRORS * torch.finfo(logits.dtype).eps, MOST_LOST) * logits.abs().amax(1)
+    has_room = search.ball.distance(found, clean) < budgets * (1 - PUSHES[-1])
+    undone = search.found & ~broken & has_room & (gap <= lost)
     for share in PUSHES:
         rows = undone.nonzero().squeeze(1)
         if not len(rows):
             return
         pushed = (found[rows] + share * (found[rows] - clean[rows])).clamp_(0, 1)
         found[rows] = search.ball.project(pushed, clean[rows], budgets[rows])
-        search.forwards[rows] += passes.eot
         prediction[rows] = predict(model, found[rows], passes)[1]
         undone = undone & ~is_broken(prediction, labels, targets)
 
 
 ROUNDING_ERRORS = 1000
 """What a forward may lose to rounding, in units of the last place of its largest logit: its terms may be larger."""
-PUSHES = (1e-6, 1e-5, 1e-4)
+MOST_LOST = 1e-3
+"""The most that passes for rounding, as a share of the largest logit; 16-bit logits may lose more."""
+PUSHES = (1e-5, 1e-4)
 """By what shares of its perturbation an image found is pushed on where rounding has undone its verdict."""
 
 

@@ -47,9 +47,10 @@ class AutoAttack(Attack):
             object.__setattr__(self, "eot", RANDOM_DRAWS)
 
     def replace(self, **changes: Any) -> Self:
-        """Return the attack with some settings changed; another version has its own `eot` unless one is given."""
-        if changes.get("version", self.version) != self.version and "eot" not in changes:
-            changes["eot"] = 1
+        """Return the attack with some settings changed; the 20 draws of version rand stay behind with it."""
+        leaves_rand = self.version == "rand" != changes.get("version", "rand")
+        if leaves_rand and self.eot == RANDOM_DRAWS:
+            changes.setdefault("eot", 1)
         return super().replace(**changes)
 
     @property

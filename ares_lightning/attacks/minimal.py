@@ -173,7 +173,8 @@ class DeepFool(Attack):
                 rows.images, gradient, length.clamp(min=LEAST_STEP)
             )
             images = search.clean + (1 + self.overshoot) * rows.travelled
-            rows.images = self.ball.project(images, search.clean, search.eps)
+            budget = (search.eps - torch.finfo(search.clean.dtype).eps / 2).clamp(min=0)  # rounding stays within
+            rows.images = self.ball.project(images, search.clean, budget)
             passed = search.forward(rows.images, gaps, aims=rows.classes, where=rows.standing)
             if not len(search):
                 return

@@ -77,7 +77,8 @@ class Search:
 
     `clean`, `labels`, `targets` and `eps` hold the samples still in the set; so do the tensors that an attack
     holds by `track`. A pass may shrink them all: with feedback, a sample leaves the set at the forward
-    that shows it broken within its budget; without (crafting), all stay and nothing waits for the device.
+    that shows it broken within its budget; without (crafting), all stay, and nothing waits for the device unless
+    an attack leaves samples out of a pass.
 
     For a minimum-distance attack, `images` holds the nearest adversarial example within the budget that any
     pass has met, and a sample leaves only where the budget is finite.
@@ -105,7 +106,7 @@ class Search:
         self.ball = ball
         self.judge = model
         self.model = model if passes.search_on is None else passes.search_on
-        self.passes, self.sample_ids, self.seed = passes, sample_ids, seed
+        self.passes, self.sample_ids, self.seed = passes, sample_ids, int(seed)
         self.rows = Rows(
             clean=clean,
             labels=labels,
@@ -442,6 +443,8 @@ def _logits(model: Model, images: Tensor) -> Tensor:
     logits = model(images)
     if not isinstance(logits, Tensor):
         raise ValueError(f"the model returned a {type(logits).__name__}; expected logits [{len(images)}, classes]")
+    if not logits.is_floating_point():
+        raise ValueError(f"the model returned {logits.dtype}; expected logits of a floating-point type")
     if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
         raise ValueError(
             f"the model returned shape {list(logits.shape)}; expected logits [{len(images)}, classes], two at least"

@@ -18,7 +18,7 @@ MAX_CLIPPINGS = 32
 """Rounds that find a scale; each but the last clips a pixel more. Were they too few, steps would fall short."""
 
 SLACK = {torch.float32: 1e-5, torch.float64: 1e-9}
-"""By how much, relative to it, rounding may take an image past an L2 or L1 budget."""
+"""By how much, relative to it, rounding may take an image past its L2 or L1 budget."""
 
 ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 """The p of each norm."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -53,6 +54,9 @@ class Evaluator(ABC):
         """The fingerprint of the attack that is run, None where there is none."""
         return None
 
+    def check(self, labels: Tensor, sample_ids: Tensor) -> None:  # noqa: B027
+        """Raise ValueError for samples that the question cannot be asked about, before any is."""
+
     @abstractmethod
     def verdicts(
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
@@ -74,6 +78,40 @@ class CleanEvaluator(Evaluator):
         yield Verdicts("none", None, 0.0, clean_outcome(net, images, labels, sample_ids, seed, passes))
 
 
+class _TargetFile:
+    """A CSV file with the columns sample_id and target, read once."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        if not Path(path).is_file():
+            known = ", ".join(TARGETS)
+            raise ValueError(f"targets={path}: expected null, {known} or a CSV file with columns sample_id, target")
+        content = Path(path).read_bytes()
+        self.digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+        columns = ["sample_id", "target"]
+        try:
+            table = pd.read_csv(io.BytesIO(content))[columns]
+        except (ValueError, KeyError):
+            raise ValueError(f"targets={path}: is no CSV file with columns sample_id and target") from None
+        if table.dtypes.ne("int64").any() or (table["target"] < 0).any():
+            raise ValueError(f"targets={path}: expected whole numbers in columns sample_id and target")
+        if not table["sample_id"].is_unique:
+            raise ValueError(f"targets={path}: names a sample_id twice; expected one target a sample")
+        self._targets = table.set_index("sample_id")["target"]
+
+    def of(self, labels: Tensor, sample_ids: Tensor) -> Tensor:
+        """Return the target of each sample, int64 [N]; raise ValueError where it is missing or the label."""
+        given = self._targets.reindex(sample_ids.tolist())
+        if given.isna().any():
+            raise ValueError(f"targets={self.path}: has no row for sample_id {given.index[given.isna()][0]}")
+        targets = torch.tensor(given.astype("int64").to_numpy(), device=labels.device)
+        same = (targets == labels).nonzero().squeeze(1)
+        if len(same):
+            name = int(sample_ids[int(same[0])])
+            raise ValueError(f"targets={self.path}: gives sample_id {name} its own label; expected another class")
+        return targets
+
+
 @dataclass(frozen=True)
 class AttackEvaluator(Evaluator):
     """Does the attack break the sample within its budget?
@@ -88,13 +126,15 @@ class AttackEvaluator(Evaluator):
 
     attack: Attack
     targets: str | None = None
+    given: _TargetFile | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.targets not in (None, *TARGETS):
-            self._read_targets()
+            object.__setattr__(self, "given", _TargetFile(str(self.targets)))
         if self.targets is None and self.attack.needs_targets:
+            known = ", ".join(TARGETS)
             raise ValueError(
-                f"targets=null: {self.attack.name} knows a targeted form only; expected {' or '.join(TARGETS)}"
+                f"targets=null: {self.attack.name} knows a targeted form only; expected {known}, a file"
             )
         if self.targets is not None and not self.attack.targeted:
             raise ValueError(f"targets={self.targets}: {self.attack.name} knows no targeted form; expected null")
@@ -106,23 +146,12 @@ class AttackEvaluator(Evaluator):
 
     def _identity(self) -> str:
         """Return what tells the evaluator from others; of a file of targets the content counts."""
-        if self.targets in (None, *TARGETS):
-            return repr(self)
-        return f"{self.name} {self.attack!r} {Path(str(self.targets)).read_bytes()!r}"
+        return repr(self) if self.given is None else f"{self.name} {self.attack!r} {self.given.digest}"
 
-    def _read_targets(self) -> pd.Series[int]:
-        """Return the targets of the file by sample id."""
-        path = Path(str(self.targets))
-        if not path.is_file():
-            known = ", ".join(TARGETS)
-            raise ValueError(f"targets={path}: expected null, {known} or a CSV file with columns sample_id, target")
-        table = pd.read_csv(path)
-        columns = ["sample_id", "target"]
-        if not set(columns) <= set(table) or table[columns].dtypes.ne("int64").any():
-            raise ValueError(f"targets={path}: expected whole numbers in columns sample_id and target")
-        if not table["sample_id"].is_unique:
-            raise ValueError(f"targets={path}: names a sample_id twice; expected one target a sample")
-        return table.set_index("sample_id")["target"]
+    def check(self, labels: Tensor, sample_ids: Tensor) -> None:
+        """Raise ValueError for a sample that the file of targets lacks, or whose own label it gives."""
+        if self.given is not None:
+            self.given.of(labels, sample_ids)
 
     def verdicts(
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
@@ -153,30 +182,18 @@ class AttackEvaluator(Evaluator):
             found = attack(images[right], labels[right], sample_ids[right.to(sample_ids.device)], targets[right])
             everyone = torch.arange(len(right), device=right.device)
             outcome = with_found(_unattacked(images, labels, prediction), right, found, everyone)
+            outcome = replace(outcome, clean_prediction=prediction)
         yield Verdicts(self.attack.name, self.attack.norm, self.attack.threat.eps, outcome, targets)
 
     def _classes(self, logits: Tensor, labels: Tensor, sample_ids: Tensor, seed: int) -> Tensor:
         """Return a wrong class of each sample, int64 [N]."""
-        if self.targets not in TARGETS:
-            return self._given_classes(labels, sample_ids)
+        if self.given is not None:
+            return self.given.of(labels, sample_ids)
         if self.targets == "least_likely":
             return logits.scatter(1, labels[:, None], torch.inf).argmin(1)
         draw = sample_noise("uniform", (seed, "targets"), sample_ids.tolist(), (1,), logits.double()).squeeze(1)
         other = ((draw + 1) / 2 * (logits.shape[1] - 1)).long()
         return other + (other >= labels)
-
-    def _given_classes(self, labels: Tensor, sample_ids: Tensor) -> Tensor:
-        given = self._read_targets().reindex(sample_ids.tolist())
-        if given.isna().any():
-            raise ValueError(f"targets={self.targets}: has no row for sample_id {given.index[given.isna()][0]}")
-        targets = torch.tensor(given.astype("int64").to_numpy(), device=labels.device)
-        same = (targets == labels).nonzero().squeeze(1)
-        if len(same):
-            name = int(sample_ids[int(same[0])])
-            raise ValueError(
-                f"targets={self.targets}: gives sample_id {name} its own label; expected another class"
-            )
-        return targets
 
 
 def clean_outcome(

@@ -79,6 +79,8 @@ class Evaluation:
         `examples.npz` and `summary.json`. A run that was stopped goes on where it was; verdicts of other models, as
         of an earlier stage of the same training, stay in the table and do not count.
         """
+        for evaluator in self.evaluators:
+            evaluator.check(self.dataset.labels, self.dataset.sample_ids)
         fingerprint = model_fingerprint(net)
         ledger = Ledger(run_dir / "verdicts")
         known = self._asked(ledger.read(), fingerprint)

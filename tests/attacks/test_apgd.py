@@ -114,11 +114,11 @@ def test_few_classes_have_few_targets_and_margins_for_losses(num_classes, images
         assert outcome.broken.float().mean() > 0.5
 
 
-def test_defaults_are_those_of_autoattacks_standard_version():
-    attack = make_attack("apgd_ce", norm="l1", eps=12)
+@pytest.mark.parametrize("norm", EPS)
+def test_defaults_are_the_same_for_every_norm(norm):
+    attack = make_attack("apgd_ce", norm=norm, eps=1)
     assert (attack.steps, attack.restarts) == (100, 1)
-    assert make_attack("apgd_t").num_targets == 9
-    assert make_attack("apgd_ce").restarts == 1
+    assert make_attack("apgd_t", norm=norm, eps=1).num_targets == 9
 
 
 @pytest.mark.parametrize("norm", EPS)

@@ -46,6 +46,7 @@ def test_changing_version_or_norm_changes_what_depends_on_it():
     assert rand.replace(version="standard") == AutoAttack()
     assert rand.replace(eps=0.1).eot == 20
     assert rand.replace(version="plus", eot=3).eot == 3
+    assert AutoAttack(eot=8).replace(version="plus").eot == 8
     assert AutoAttack().replace(norm="l1", eps=12).members == AutoAttack(norm="l1", eps=12).members
 
 

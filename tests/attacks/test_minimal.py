@@ -151,11 +151,16 @@ def test_with_a_budget_a_sample_is_done_once_it_is_broken_within_it(attack, imag
     assert (outcome.forwards <= free.forwards)[free.distance < eps].all()
 
 
-def test_deepfool_steps_no_further_than_the_budget():
-    net, images, labels, radius = linear_case(10, "l2", n=24)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_deepfool_steps_no_further_than_the_budget(norm, dtype):
+    net, images, labels, radius = linear_case(10, norm, n=64)
     nearest = radius.amin(1)
-    assert DeepFool()(net, images, labels, eps=1.01 * nearest).broken.all(), "its overshoot alone would be 1.02"
-    assert not DeepFool(steps=3)(net, images, labels, eps=0.999 * nearest).broken.any()
+    far = nearest > 1e-3
+    net, images, labels, nearest = net.to(dtype), images[far].to(dtype), labels[far], nearest[far]
+    attack = DeepFool(norm=norm)
+    assert attack(net, images, labels, eps=1.01 * nearest).broken.all(), "its overshoot alone would be 1.02"
+    assert not attack.replace(steps=3)(net, images, labels, eps=0.999 * nearest).broken.any()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

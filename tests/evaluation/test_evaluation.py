@@ -279,13 +279,16 @@ def test_targets_may_come_from_a_file(data, net, tmp_path):
     path.rename(tmp_path / "moved.csv")
     assert AttackEvaluator("aimed", attack, str(tmp_path / "moved.csv")).fingerprint(0, "fp32") == before
     given[:20].to_csv(path, index=False)
+    evaluator = AttackEvaluator("aimed", attack, str(path))
     assert evaluator.fingerprint(0, "fp32") != before
     missing = given["sample_id"][20:].tolist()
     with pytest.raises(ValueError, match=r"targets\.csv: has no row for sample_id") as caught:
         evaluation(data, "first:30", evaluators=[evaluator]).run(net, tmp_path / "short", CPU)
     assert int(str(caught.value).split()[-1]) in missing
+    assert not (tmp_path / "short").exists(), "a file that lacks a sample is found out before the first verdict"
     for content, message in [
-        ("sample_id,class\n1,2\n", "expected whole numbers in columns sample_id and target"),
+        ("sample_id,class\n1,2\n", "is no CSV file with columns sample_id and target"),
+        ("", "is no CSV file with columns sample_id and target"),
         ("sample_id,target\n1,cat\n", "expected whole numbers in columns sample_id and target"),
         ("sample_id,target\n1,2\n1,3\n", "names a sample_id twice"),
     ]:
@@ -294,6 +297,7 @@ def test_targets_may_come_from_a_file(data, net, tmp_path):
             AttackEvaluator("aimed", attack, str(path))
     given["target"] = subset.labels[0].item()
     given.to_csv(path, index=False)
+    evaluator = AttackEvaluator("aimed", attack, str(path))
     with pytest.raises(ValueError, match=f"gives sample_id {subset.sample_ids[0]} its own label"):
         evaluation(data, "first:30", evaluators=[evaluator]).run(net, tmp_path / "own", CPU)
 

@@ -62,6 +62,13 @@ def test_a_bad_file_is_refused_in_one_line_and_nothing_is_executed(kind, tmp_pat
     assert not mark.exists()
 
 
+def test_weights_from_before_batch_norms_counted_their_batches_are_read(tmp_path):
+    net, other = small_net(), small_net()
+    state = {key: v for key, v in checkpoint(net)["state_dict"].items() if "num_batches_tracked" not in key}
+    load_network(other, state, tmp_path)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in net.state_dict().items())
+
+
 def test_weights_of_another_shape_or_architecture_leave_the_network_alone(tmp_path):
     net = small_net()
     before = {key: value.clone() for key, value in net.state_dict().items()}
