@@ -13,7 +13,7 @@ from subjects import Subject
 from torch import Tensor
 
 from ares_lightning.attacks import make_attack
-from ares_lightning.attacks.search import Passes
+from ares_lightning.attacks.passes import Passes
 from ares_lightning.evaluation.curves import BracketedCurve, ExactCurve
 
 PGD_STEPS, STEP_SIZE = 10, 1 / 4  # the step in multiples of eps: 2/255 at 8/255

@@ -15,34 +15,14 @@ import torch
 from torch import Tensor
 
 from ares_lightning.attacks.guard import Model, full_precision, guarded
-from ares_lightning.attacks.losses import LOSSES, Loss, Objective, as_objective, margin
-from ares_lightning.attacks.search import Passes, Search, check_classes, check_logits, is_broken, predict
+from ares_lightning.attacks.losses import LOSSES, Loss, Objective, as_objective
+from ares_lightning.attacks.passes import Passes, is_broken
+from ares_lightning.attacks.search import Search
 from ares_lightning.attacks.threat import BALLS, Ball, Threat, parse_budget
+from ares_lightning.attacks.verdict import Case, Outcome, predict_clean, take_verdict, transfer_verdict
 
 DEFAULT_EPS = {"linf": 4 / 255, "l2": 2.0, "l1": 75.0}
 """The usual ImageNet budgets: ARES-Bench (arXiv 2302.14301) for L-inf, AdvXL (arXiv 2401.04727) for L2, L1."""
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What an attack found out about N samples.
-
-    images: [N, C, H, W], the adversarial example found, the clean image where none was.
-    broken: bool [N], the prediction for `images`, taken in eval mode at the images' precision, is wrong (or is
-        the target). A sample that is misclassified from the start is broken at distance 0 by no pass.
-    distance: float64 [N], norm of `images` − clean.
-    forwards, backwards: int64 [N], passes whose results the attack used for each sample, without the one
-        clean and the one verdict forward.
-    clean_prediction, adversarial_prediction: int64 [N], the classes predicted for the clean image and for `images`.
-    """
-
-    images: Tensor
-    broken: Tensor
-    distance: Tensor
-    forwards: Tensor
-    backwards: Tensor
-    clean_prediction: Tensor
-    adversarial_prediction: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +113,7 @@ class Attack(ABC):
         victim: Mapping[str, Model],
         sample_ids: Tensor | Sequence[int] | None = None,
         seed: int = 0,
-        eps: Tensor | None = None,
+        eps: Tensor | Sequence[float] | None = None,
         batch_size: int | None = None,
         precision: str = "fp32",
         search_on: Model | None = None,
@@ -150,7 +130,7 @@ class Attack(ABC):
         victim: Model | None = None,
         sample_ids: Tensor | Sequence[int] | None = None,
         seed: int = 0,
-        eps: Tensor | None = None,
+        eps: Tensor | Sequence[float] | None = None,
         batch_size: int | None = None,
         precision: str = "fp32",
         search_on: Model | None = None,
@@ -166,7 +146,7 @@ class Attack(ABC):
         victim: Model | Mapping[str, Model] | None = None,
         sample_ids: Tensor | Sequence[int] | None = None,
         seed: int = 0,
-        eps: Tensor | None = None,
+        eps: Tensor | Sequence[float] | None = None,
         batch_size: int | None = None,
         precision: str = "fp32",
         search_on: Model | None = None,
@@ -205,39 +185,26 @@ class Attack(ABC):
             raise ValueError(f"precision={precision}: expected fp32, or bf16 with float32 images")
         self._check_targets(targets is not None)
         _check_values(images, labels, targets)
-        budgets = self._budgets(images, eps)
         passes = Passes(batch_size, precision, self.eot, search_on)
-        key, wants_logits = (int(seed), self.name, *ids), self.kind != "decision-based"
+        case = Case(self.name, images, labels, targets, self._budgets(images, eps), ids, int(seed), passes)
+        wants_logits = self.kind != "decision-based"
         if victim is not None:
-            with guarded(model, images.device, key), full_precision(images.device):
-                logits, _ = _predict_clean(model, images, labels, targets, ids, passes, wants_logits)
-                rest = (budgets, ids, seed, self._objective(), passes, logits)
-                crafted = self._craft(model, images, labels, targets, *rest)
-            case = (crafted, images, labels, targets, budgets, ids, passes, key)
+            with guarded(model, images.device, case.key), full_precision(images.device):
+                logits, _ = predict_clean(model, case, wants_logits)
+                crafted = self._craft(model, case, self._objective(), logits)
             if isinstance(victim, Mapping):
-                return {name: _transfer_verdict(v, *case) for name, v in victim.items()}
-            return _transfer_verdict(victim, *case)
+                return {name: transfer_verdict(judge, case, crafted) for name, judge in victim.items()}
+            return transfer_verdict(victim, case, crafted)
         fast = model if search_on is None else search_on
-        with guarded(model, images.device, key), guarded(fast, images.device, key), full_precision(images.device):
-            logits, clean_prediction = _predict_clean(model, images, labels, targets, ids, passes, wants_logits)
+        device = images.device
+        with guarded(model, device, case.key), guarded(fast, device, case.key), full_precision(device):
+            logits, clean_prediction = predict_clean(model, case, wants_logits)
             attacked = (~is_broken(clean_prediction, labels, targets)).nonzero().squeeze(1)
-            search = Search(
-                model,
-                images[attacked],
-                labels[attacked],
-                None if targets is None else targets[attacked],
-                budgets[attacked],
-                self.ball,
-                [ids[i] for i in attacked.tolist()],
-                seed,
-                feedback=True,
-                passes=passes,
-                logits=logits[attacked],
-            )
+            search = case.take(attacked).search(model, self.ball, feedback=True, logits=logits[attacked])
             if len(attacked):
                 self.take_up(search)
                 search.close()
-            return _verdict(model, search, attacked, images, labels, targets, budgets, clean_prediction, passes)
+            return take_verdict(model, case, search, attacked, clean_prediction)
 
     def craft(
         self,
@@ -267,27 +234,14 @@ class Attack(ABC):
         if images.device.type == "cpu":
             _check_values(images, labels, targets)
         objective = self._objective() if loss is None else as_objective(loss)
-        budgets = self._budgets(images, None)
         passes = Passes(eot=self.eot)
-        with guarded(model, images.device, (int(seed), self.name, *ids)):
-            return self._craft(model, images, labels, targets, budgets, ids, seed, objective, passes).images
+        case = Case(self.name, images, labels, targets, self._budgets(images, None), ids, int(seed), passes)
+        with guarded(model, images.device, case.key):
+            return self._craft(model, case, objective, None).images
 
-    def _craft(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        targets: Tensor | None,
-        budgets: Tensor,
-        ids: Sequence[int],
-        seed: int,
-        objective: Objective,
-        passes: Passes,
-        logits: Tensor | None = None,
-    ) -> Search:
-        case = (model, images, labels, targets, budgets, self.ball, ids, seed)
-        search = Search(*case, feedback=False, passes=passes, logits=logits)
-        if len(images):
+    def _craft(self, model: Model, case: Case, objective: Objective, logits: Tensor | None) -> Search:
+        search = case.search(model, self.ball, feedback=False, logits=logits)
+        if len(case.images):
             search.begin(self.name, objective, self.nearest)
             self._run(search)
             search.close()
@@ -302,7 +256,7 @@ class Attack(ABC):
                 f"{self.name} knows a targeted form only; give targets=, the class that each image is to become"
             )
 
-    def _budgets(self, images: Tensor, eps: Tensor | None) -> Tensor:
+    def _budgets(self, images: Tensor, eps: Tensor | Sequence[float] | None) -> Tensor:
         """Return the budget of each sample, float64 [N]."""
         if eps is None:
             return torch.full((len(images),), self.threat.eps, dtype=torch.float64, device=images.device)
@@ -364,136 +318,3 @@ def _check_values(images: Tensor, labels: Tensor, targets: Tensor | None) -> Non
     for name, classes in (("labels", labels), ("targets", targets)):
         if classes is not None and classes.ndim == 1 and int(classes.min()) < 0:
             raise ValueError(f"{name} hold {int(classes.min())}; expected classes from 0 on")
-
-
-def _predict_clean(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    targets: Tensor | None,
-    ids: Sequence[int],
-    passes: Passes,
-    wants_logits: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return logits [N, classes] and predicted classes [N], after a look at whether they are logits at all."""
-    if not len(images):
-        return images.new_empty(0, 0), torch.empty(0, dtype=torch.int64, device=images.device)
-    logits, prediction = predict(model, images, passes)
-    check_logits(logits, labels, targets)
-    check_classes(logits, labels, targets)
-    strange = (~logits.isfinite().all(1)).nonzero().squeeze(1).tolist()
-    if strange:
-        names = ", ".join(str(ids[i]) for i in strange[:MAX_NAMED]) + (" …" if len(strange) > MAX_NAMED else "")
-        raise ValueError(
-            f"the model gives logits that are not finite for {len(strange)} of {len(images)} clean images, "
-            f"sample_ids {names}; mend the model, or leave these samples out"
-        )
-    sums = logits.double().sum(1)
-    if wants_logits and bool((logits >= 0).all() & ((sums - 1).abs() < PROBABILITY_SLACK).all()):
-        raise ValueError(
-            "the model returns probabilities (every row is at least 0 and sums to 1); "
-            "take its softmax off, for an attack needs logits"
-        )
-    return logits, prediction
-
-
-MAX_NAMED = 5
-PROBABILITY_SLACK = 1e-4
-
-
-def _verdict(
-    model: Model,
-    search: Search,
-    attacked: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    targets: Tensor | None,
-    budgets: Tensor,
-    clean_prediction: Tensor,
-    passes: Passes,
-) -> Outcome:
-    """Predict the images found for `attacked` once more; where they break nothing, the clean image is the result.
-
-    `search` covers either the attacked samples or all N (images crafted for other models to judge).
-    """
-    everyone = len(search.images) == len(images)
-    found = search.images[attacked] if everyone else search.images
-    attacked_labels, attacked_targets = labels[attacked], None if targets is None else targets[attacked]
-    adversarial, adversarial_prediction = images.clone(), clean_prediction.clone()
-    if len(attacked):
-        logits, prediction = predict(model, found, passes)
-        if search.feedback and passes.eot == 1:
-            rest = (attacked_labels, attacked_targets, budgets[attacked], logits, prediction, passes)
-            _push_on(model, search, found, images[attacked], *rest)
-        broken = is_broken(prediction, attacked_labels, attacked_targets)
-        adversarial[attacked[broken]] = found[broken]
-        adversarial_prediction[attacked[broken]] = prediction[broken]
-    spent = slice(None) if everyone else attacked
-    forwards, backwards = torch.zeros_like(clean_prediction), torch.zeros_like(clean_prediction)
-    forwards[spent], backwards[spent] = search.forwards, search.backwards
-    return Outcome(
-        images=adversarial,
-        broken=is_broken(adversarial_prediction, labels, targets),
-        distance=search.ball.distance(adversarial, images),
-        forwards=forwards,
-        backwards=backwards,
-        clean_prediction=clean_prediction,
-        adversarial_prediction=adversarial_prediction,
-    )
-
-
-def _push_on(
-    model: Model,
-    search: Search,
-    found: Tensor,
-    clean: Tensor,
-    labels: Tensor,
-    targets: Tensor | None,
-    budgets: Tensor,
-    logits: Tensor,
-    prediction: Tensor,
-    passes: Passes,
-) -> None:
-    """Push on the images `found`, where the budget leaves room, whose verdict rounding alone has turned.
-
-    With other rows beside it in a pass, an image on the decision boundary may change sides: the verdict would
-    depend on the batch. `found` and `prediction` are changed in place.
-    """
-    broken = is_broken(prediction, labels, targets)
-    gap = margin(logits, labels if targets is None else targets).abs()
-    lost = min(ROUNDING_ERRORS * torch.finfo(logits.dtype).eps, MOST_LOST) * logits.abs().amax(1)
-    has_room = search.ball.distance(found, clean) < budgets * (1 - PUSHES[-1])
-    undone = search.found & ~broken & has_room & (gap <= lost)
-    for share in PUSHES:
-        rows = undone.nonzero().squeeze(1)
-        if not len(rows):
-            return
-        pushed = (found[rows] + share * (found[rows] - clean[rows])).clamp_(0, 1)
-        found[rows] = search.ball.project(pushed, clean[rows], budgets[rows])
-        prediction[rows] = predict(model, found[rows], passes)[1]
-        undone = undone & ~is_broken(prediction, labels, targets)
-
-
-ROUNDING_ERRORS = 1000
-"""What a forward may lose to rounding, in units of the last place of its largest logit: its terms may be larger."""
-MOST_LOST = 1e-3
-"""The most that passes for rounding, as a share of the largest logit; 16-bit logits may lose more."""
-PUSHES = (1e-5, 1e-4)
-"""By what shares of its perturbation an image found is pushed on where rounding has undone its verdict."""
-
-
-def _transfer_verdict(
-    victim: Model,
-    crafted: Search,
-    images: Tensor,
-    labels: Tensor,
-    targets: Tensor | None,
-    budgets: Tensor,
-    ids: Sequence[int],
-    passes: Passes,
-    key: tuple[object, ...],
-) -> Outcome:
-    with guarded(victim, images.device, key), full_precision(images.device):
-        clean_prediction = _predict_clean(victim, images, labels, targets, ids, passes, wants_logits=False)[1]
-        attacked = (~is_broken(clean_prediction, labels, targets)).nonzero().squeeze(1)
-        return _verdict(victim, crafted, attacked, images, labels, targets, budgets, clean_prediction, passes)

@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ares_lightning.attacks.attack import Attack, Outcome, check_count
+from ares_lightning.attacks.attack import Attack, check_count
 from ares_lightning.attacks.losses import LOSSES, Objective, as_objective
 from ares_lightning.attacks.search import Rows, Search
 from ares_lightning.attacks.threat import parse_budget, per_pixel
+from ares_lightning.attacks.verdict import Outcome
 
 
 def accuracy_over_queries(outcome: Outcome, queries: Sequence[int] | Tensor) -> Tensor:

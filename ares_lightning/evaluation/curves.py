@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ares_lightning.attacks import Attack, Outcome, make_attack, parse_budget
 from ares_lightning.attacks.attack import check_count
-from ares_lightning.attacks.search import Passes
+from ares_lightning.attacks.passes import Passes
 from ares_lightning.evaluation.evaluators import Evaluator, Verdicts, clean_outcome, with_found
 
 CURVE_MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -34,7 +34,7 @@ class Curve(Evaluator):
     row of the budget that they were spent on, those spent on no single one in that of the largest.
     """
 
-    attack: Attack
+    attack: Attack = field(repr=False)
     eps: tuple[float, ...]
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ares_lightning.attacks import Attack, Outcome
 from ares_lightning.attacks.guard import full_precision, guarded
 from ares_lightning.attacks.noise import sample_noise
-from ares_lightning.attacks.search import Passes, predict
+from ares_lightning.attacks.passes import Passes, predict
 
 TARGETS = ("random", "least_likely")
 
@@ -47,6 +47,7 @@ class Evaluator(ABC):
         return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
 
     def _identity(self) -> str:
+        """Return what, besides the attack, tells the evaluator from others."""
         return repr(self)
 
     @property
@@ -124,18 +125,16 @@ class AttackEvaluator(Evaluator):
     Raises ValueError for targets that the attack cannot use, and for a file that lacks a sample.
     """
 
-    attack: Attack
+    attack: Attack = field(repr=False)
     targets: str | None = None
-    given: _TargetFile | None = field(default=None, init=False, repr=False)
+    given: _TargetFile | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.targets not in (None, *TARGETS):
             object.__setattr__(self, "given", _TargetFile(str(self.targets)))
         if self.targets is None and self.attack.needs_targets:
-            known = ", ".join(TARGETS)
-            raise ValueError(
-                f"targets=null: {self.attack.name} knows a targeted form only; expected {known}, a file"
-            )
+            name, known = self.attack.name, ", ".join(TARGETS)
+            raise ValueError(f"targets=null: {name} knows a targeted form only; expected {known} or a CSV file")
         if self.targets is not None and not self.attack.targeted:
             raise ValueError(f"targets={self.targets}: {self.attack.name} knows no targeted form; expected null")
 
@@ -145,8 +144,8 @@ class AttackEvaluator(Evaluator):
         return self.attack.fingerprint
 
     def _identity(self) -> str:
-        """Return what tells the evaluator from others; of a file of targets the content counts."""
-        return repr(self) if self.given is None else f"{self.name} {self.attack!r} {self.given.digest}"
+        """Return what, besides the attack, tells the evaluator from others; of a file the content counts."""
+        return repr(self) if self.given is None else f"{self.name} {self.given.digest}"
 
     def check(self, labels: Tensor, sample_ids: Tensor) -> None:
         """Raise ValueError for a sample that the file of targets lacks, or whose own label it gives."""

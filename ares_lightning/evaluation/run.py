@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ares_lightning.attacks import Threat
-from ares_lightning.attacks.search import Passes
+from ares_lightning.attacks.passes import Passes
 from ares_lightning.data import Batch, ImageSet
 from ares_lightning.evaluation.evaluators import Evaluator, Verdicts
 from ares_lightning.evaluation.metrics import summarise
@@ -122,6 +122,12 @@ class Evaluation:
     ) -> None:
         """Put one evaluator's verdicts on the undecided samples into the ledger, a part a batch."""
         own = evaluator.fingerprint(self.seed, self.precision)
+        shared = {
+            "evaluator": evaluator.name,
+            "evaluator_fingerprint": own,
+            "model_fingerprint": fingerprint,
+            "attack_fingerprint": evaluator.attack_fingerprint,
+        }
         decided = known[known["evaluator_fingerprint"] == own]
         task = progress.add_task(
             evaluator.name, total=len(self.dataset), completed=decided["sample_id"].nunique(), accuracy=""
@@ -133,7 +139,7 @@ class Evaluation:
         for images, labels, sample_ids in packs:
             pixels = images.to(device).to(PRECISIONS[self.precision]).div_(255)
             answers = list(evaluator.verdicts(net, pixels, labels.to(device), sample_ids, self.seed, passes))
-            rows = [self._rows(evaluator, own, fingerprint, answer, labels, sample_ids) for answer in answers]
+            rows = [self._rows(shared, answer, labels, sample_ids) for answer in answers]
             ledger.append(pd.concat(rows, ignore_index=True))
             names = [self.dataset.sample_name(int(i)) for i in sample_ids]
             for answer in answers:
@@ -144,20 +150,12 @@ class Evaluation:
             progress.update(task, advance=len(images), accuracy=f"{robust / seen:.1%}")
 
     def _rows(
-        self,
-        evaluator: Evaluator,
-        own: str,
-        model: str,
-        answer: Verdicts,
-        labels: Tensor,
-        sample_ids: Tensor,
+        self, shared: Mapping[str, str | None], answer: Verdicts, labels: Tensor, sample_ids: Tensor
     ) -> pd.DataFrame:
         outcome = answer.outcome
         return pd.DataFrame(
             {
-                "evaluator": evaluator.name,
-                "evaluator_fingerprint": own,
-                "model_fingerprint": model,
+                **shared,
                 "set": self.dataset.name,
                 "sample_id": sample_ids.numpy(),
                 "sample_name": [self.dataset.sample_name(int(i)) for i in sample_ids],
@@ -165,7 +163,6 @@ class Evaluation:
                 "clean_prediction": outcome.clean_prediction.cpu().numpy(),
                 "adversarial_prediction": outcome.adversarial_prediction.cpu().numpy(),
                 "attack": answer.attack,
-                "attack_fingerprint": evaluator.attack_fingerprint,
                 "target": None if answer.targets is None else answer.targets.cpu().numpy(),
                 "norm": answer.norm,
                 "eps": answer.eps,

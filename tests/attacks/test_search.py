@@ -215,7 +215,7 @@ def test_an_iteration_waits_for_the_device_once(images, monkeypatch):
             self.count += function in waits or function is torch.ops.aten.equal.default
             return function(*args, **(kwargs or {}))
 
-    monkeypatch.setattr("ares_lightning.attacks.search.check_classes", lambda *_: None)
+    monkeypatch.setattr("ares_lightning.attacks.passes.check_classes", lambda *_: None)
     net = SmallNet().double()
     labels = predicted(net, images)
     for name, key in [("pgd", "steps"), ("mim", "steps"), ("apgd_ce", "steps"), ("square", "queries")]:

@@ -12,7 +12,8 @@ import torchvision
 from networks import Counting, SmallNet, predicted
 from torch import Tensor, nn
 
-from ares_lightning.attacks.search import Passes, Search
+from ares_lightning.attacks.passes import Passes
+from ares_lightning.attacks.search import Search
 from ares_lightning.attacks.sgm import SGM, decay_residual_branches
 from ares_lightning.attacks.threat import BALLS
 from ares_lightning.attacks.transfer import MIM

@@ -7,7 +7,7 @@ import torch
 from networks import Counting, SmallNet, predicted
 
 from ares_lightning.attacks import make_attack
-from ares_lightning.attacks.search import Passes
+from ares_lightning.attacks.passes import Passes
 from ares_lightning.evaluation.curves import BisectedCurve, BracketedCurve, ExactCurve, curve_budgets
 
 GRID = (0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2)

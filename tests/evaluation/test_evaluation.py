@@ -226,6 +226,17 @@ def test_an_evaluators_fingerprint_covers_the_members_of_its_ensemble_and_the_mo
     assert len(fingerprints) == len(evaluators)
 
 
+def test_an_evaluators_fingerprint_is_that_of_the_generators_content(tmp_path):
+    for name in ("one.pth", "other.pth"):
+        (tmp_path / name).write_bytes(b"weights")
+    evaluators = [AttackEvaluator("cda", make_attack("cda", generator=str(path))) for path in tmp_path.iterdir()]
+    before = {evaluator.fingerprint(0, "fp32") for evaluator in evaluators}
+    (tmp_path / "one.pth").write_bytes(b"others")
+    after = {evaluator.fingerprint(0, "fp32") for evaluator in evaluators}
+    assert len(before) == 1
+    assert len(after) == 2
+
+
 @pytest.mark.parametrize("targets", ["random", "least_likely"])
 def test_with_targets_only_the_target_counts(targets, data, net, tmp_path):
     attack = make_attack("pgd", eps=0.15, steps=10)
