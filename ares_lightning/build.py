@@ -11,20 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import timm
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from ares_lightning.attacks import Attack, Threat, make_attack, parse_budget
 from ares_lightning.attacks.attack import check_count
+from ares_lightning.attacks.autoattack import RANDOM_DRAWS
 from ares_lightning.attacks.threat import BALLS
 from ares_lightning.data import RobustDataModule, collate, select_subset
 from ares_lightning.evaluation.curves import BisectedCurve, BracketedCurve, Curve, ExactCurve, curve_budgets
 from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator, Evaluator
 from ares_lightning.evaluation.run import Evaluation
-from ares_lightning.models import make_classifier
+from ares_lightning.models import Classifier, load_timm_weights, load_weights, make_classifier, make_defense
+from ares_lightning.models.defenses import Defense
+from ares_lightning.models.weights import WHICH, no_such_weights, timm_name
+from ares_lightning.models.zoo import find_file
 from ares_lightning.training import AdversarialTraining, Objective, RobustTraining, StandardTraining
 from ares_lightning.training.loggers import MetricsFile
 from ares_lightning.training.module import MONITORED, to_pixels
@@ -68,7 +72,10 @@ _GROUPS = (
     "callbacks",
     "launch",
 )
-_SINGLE_KEYS = ("threat", "name", "seed", "run_dir", "ckpt", "resume", "subset", "precision", "compile", "device")
+_SINGLE_KEYS = (
+    *("threat", "name", "seed", "run_dir", "ckpt", "resume"),
+    *("weights", "subset", "precision", "compile", "device"),
+)
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -80,6 +87,8 @@ def check_keys(cfg: DictConfig) -> None:
         raise ConfigError(f"seed={cfg.seed}: expected a whole number from 0 to 4294967295")
     if type(cfg.compile) is not bool:
         raise ConfigError(f"compile={cfg.compile}: expected true or false")
+    if cfg.weights not in (None, *WHICH):
+        raise ConfigError(f"weights={cfg.weights}: expected null or one of {', '.join(WHICH)}")
 
 
 def build_threat(cfg: DictConfig) -> Threat:
@@ -95,28 +104,88 @@ def build_data(cfg: DictConfig) -> RobustDataModule:
     settings = {key: value for key, value in _plain(cfg.data).items() if key not in _DATA_FACTS}
     with section("data"):
         try:
-            return RobustDataModule(**settings, seed=cfg.seed)
+            data = RobustDataModule(**settings, seed=cfg.seed)
         except ValueError as error:  # names its key in full
             raise ConfigError(str(error)) from error
+    cfg.data.num_classes = data.num_classes  # for the record, where it was null
+    return data
 
 
 _DATA_FACTS = ("mean", "std", "threat", "epochs", "subset_after_training")
 """Keys of `data` that the model, the threat model, the trainer and the evaluation take."""
 
 
-def build_classifier(cfg: DictConfig, data: RobustDataModule) -> nn.Module:
+def build_classifier(cfg: DictConfig, num_classes: int) -> Classifier:
     """Build the network of `model`, fitted to the data, with random weights."""
-    facts = _plain(cfg.data)
+    name, facts, model = cfg.model.name, _plain(cfg.data), _plain(cfg.model)
     with section("model"):
+        published = timm_name(name, model["weights"])
+        tag = None if published is None else timm.get_pretrained_cfg(published)
+        if tag is not None and facts["in_chans"] == len(tag.mean):
+            facts |= {"mean": tag.mean, "std": tag.std}
         return make_classifier(
-            cfg.model.name,
+            name,
             in_chans=facts["in_chans"],
-            num_classes=data.num_classes,
+            num_classes=num_classes,
             img_size=facts["img_size"],
-            mean=facts["mean"],
-            std=facts["std"],
-            **_plain(cfg.model.settings),
+            mean=model["mean"] or facts["mean"],
+            std=model["std"] or facts["std"],
+            defense=_defense(cfg),
+            **model["settings"],
         )
+
+
+def _defense(cfg: DictConfig) -> Defense | None:
+    """Build the defence that `model.defense` asks for, by name or by name and settings."""
+    setting: Any = OmegaConf.select(cfg, "model.defense")
+    if OmegaConf.is_config(setting):
+        setting = OmegaConf.to_container(setting)
+    if setting is None:
+        return None
+    settings = {"name": setting} if isinstance(setting, str) else setting
+    if not isinstance(settings, dict) or "name" not in settings:
+        raise ConfigError(f"model.defense={setting}: expected a name, or {{name: jpeg, quality: 50}}")
+    with section("model.defense"):
+        return make_defense(**settings)
+
+
+def take_weights(cfg: DictConfig, classifier: Classifier) -> str | None:
+    """Load the weights that `model` names into the classifier; return one line on them, None for none."""
+    model = _plain(cfg.model)
+    options: dict[str, bool] = {}
+    for key in ("resample", "new_head"):
+        if type(model[key]) is not bool:
+            raise ConfigError(f"model.{key}={model[key]}: expected true or false")
+        options[key] = model[key]
+    with section("model"):
+        published, file = timm_name(model["name"], model["weights"]), None
+        if published is None and model["weights"] is not None:
+            file = find_file(str(model["weights"]), model["key"])
+            if file is None:
+                raise ValueError(no_such_weights(model["name"], str(model["weights"])))
+    if published is not None:
+        print(f"weights: looking for {published} in timm's cache, then at huggingface.co")
+        return load_timm_weights(classifier, published, **options)
+    return None if file is None else load_weights(classifier, file, weights=cfg.weights, **options)
+
+
+def average_over_draws(cfg: DictConfig) -> None:
+    """Where the model's defence is random, have the attacks of `eval` look at the mean over several draws.
+
+    As many as in AutoAttack's version for randomised models (Croce & Hein 2020, arXiv 2003.01690), where `eot` is
+    1.
+    """
+    if not _is_random(cfg):
+        return
+    for evaluator in (cfg.get("eval") or {}).values():
+        attack = evaluator.get("attack")
+        if attack is not None and attack.eot == 1:
+            attack.eot = RANDOM_DRAWS
+
+
+def _is_random(cfg: DictConfig) -> bool:
+    defense = _defense(cfg)
+    return defense is not None and defense.is_random
 
 
 def build_objective(cfg: DictConfig) -> Objective:
@@ -128,8 +197,8 @@ def build_objective(cfg: DictConfig) -> Objective:
         return AdversarialTraining(make_attack(**settings), seed=cfg.seed)
 
 
-def build_module(cfg: DictConfig, data: RobustDataModule) -> RobustTraining:
-    """Build the LightningModule with its network, objective, optimizer settings and validation attack."""
+def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> RobustTraining:
+    """Build the LightningModule around a network, with objective, optimizer settings and validation attack."""
     with section("optim"):
         optim = OptimSettings(**_plain(cfg.optim))
     threat = build_threat(cfg)
@@ -142,7 +211,7 @@ def build_module(cfg: DictConfig, data: RobustDataModule) -> RobustTraining:
     if not 0 <= smoothing < 1:
         raise ConfigError(f"aug.label_smoothing={smoothing}: expected a number from 0 to below 1")
     return RobustTraining(
-        build_classifier(cfg, data),
+        net,
         num_classes=data.num_classes,
         objective=build_objective(cfg),
         optim=optim,
@@ -248,6 +317,7 @@ def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
             precision=cfg.precision,
             seed=cfg.seed,
             compile=cfg.compile,
+            eot=RANDOM_DRAWS if _is_random(cfg) else 1,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -12,12 +12,14 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning as L
 import torch
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -26,6 +28,7 @@ from wandb.errors import Error as WandbError
 
 from ares_lightning.build import (
     ConfigError,
+    average_over_draws,
     build_classifier,
     build_data,
     build_device,
@@ -34,17 +37,24 @@ from ares_lightning.build import (
     build_trainer,
     check_keys,
     rehearse,
+    take_weights,
 )
 from ares_lightning.data import ImageError
 from ares_lightning.evaluation.curves import Curve
 from ares_lightning.evaluation.report import write_report
 from ares_lightning.evaluation.run import Evaluation, model_fingerprint
 from ares_lightning.evaluation.verdicts import Ledger
-from ares_lightning.models import CheckpointError, load_network, read_checkpoint
+from ares_lightning.models import ZOO, CheckpointError, Classifier, load_network, read_checkpoint
+from ares_lightning.models.checkpoints import find_checkpoint
+from ares_lightning.models.weights import trained_weights
 
 PACKAGE = Path(__file__).parent
 CONFIG_DIR = next((path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()), PACKAGE)
 """The shipped configs: inside an installed package, beside it in a checkout."""
+
+for _model in ZOO.values():
+    _node = {"defaults": ["/model/timm@_here_", "_self_"], **_model.config()}
+    ConfigStore.instance().store(group="model/zoo", name=_model.key, node=_node)
 
 Metrics = dict[str, float]
 
@@ -66,21 +76,26 @@ def train(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
             resume = _checkpoint_to_resume(cfg.resume, run_dir)
             _adopt(cfg, OmegaConf.create(read_checkpoint(resume)["config"]), overrides, keep=("run_dir", "resume"))
         check_keys(cfg)
+        average_over_draws(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         data = build_data(cfg)
-        module = build_module(cfg, data)
+        net = build_classifier(cfg, data.num_classes)
+        module = build_module(cfg, net, data)
         evaluation = build_evaluation(cfg, data)
+        taken = None if resume else take_weights(cfg, net)
         rehearse(module, data)
         folder = Path(cfg.launch.root) / str(cfg.name)
         run_dir = run_dir or folder / _training_id(folder)
         if resume is not None:
-            load_network(module.net, read_checkpoint(resume)["state_dict"], resume)
+            load_network(net, trained_weights(read_checkpoint(resume), resume, "raw"), resume)
         elif _is_main_process() and (run_dir / "config.yaml").exists():
             raise ConfigError(
                 f"run_dir={run_dir}: already holds a run; give resume=last to go on, or another run_dir"
             )
         trainer = build_trainer(cfg, run_dir)
     if _is_main_process():
+        if taken:
+            print(taken)
         _write_config(cfg, run_dir)
     try:
         with _inherited(RUN_ID=run_dir.name):
@@ -96,40 +111,62 @@ def train(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
         return metrics
     best = run_dir / "checkpoints" / "best.ckpt"
     if best.exists():
-        load_network(module.net, read_checkpoint(best)["state_dict"], best)
+        load_network(net, trained_weights(read_checkpoint(best), best, cfg.weights), best)
     if evaluation.evaluators:
-        metrics |= _evaluate(evaluation, module.net, run_dir, module.device)
+        metrics |= _evaluate(evaluation, net, run_dir, module.device)
     for logger in trainer.loggers:
         logger.finalize("success")
     return metrics
 
 
 def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
-    """Evaluate a checkpoint as `conf/evaluate.yaml` says and write the report; return the metrics.
+    """Evaluate a checkpoint, or a model with published weights, as `conf/evaluate.yaml` says; return the metrics.
 
     overrides: what the command line set; model, data and threat come from the checkpoint where it is silent.
     """
-    if cfg.ckpt is None:
-        raise ConfigError("ckpt=null: expected a checkpoint or a run folder, such as ckpt=runs/<name>/<run id>")
     with _checking():
-        path = _checkpoint_in(Path(cfg.ckpt))
-        checkpoint = read_checkpoint(path)
-        saved = OmegaConf.create(checkpoint["config"])
-        with open_dict(cfg):
-            cfg.name = cfg.name or saved.name
-            cfg.adv = saved.adv  # for the record: how the model was trained
-        _adopt(cfg, OmegaConf.create({key: saved[key] for key in ("model", "data", "threat")}), overrides)
+        path = None if cfg.ckpt is None else find_checkpoint(Path(cfg.ckpt))
+        checkpoint = {} if path is None else read_checkpoint(path)
+        if path is None:
+            cfg.name = cfg.name or f"{cfg.model.key}-{cfg.data.name}"
+        else:
+            _take_over(cfg, checkpoint["config"], overrides)
         check_keys(cfg)
+        average_over_draws(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         device = build_device(cfg.device)
         data = build_data(cfg)
-        net = build_classifier(cfg, data)
+        net = build_classifier(cfg, data.num_classes)
         evaluation = build_evaluation(cfg, data)
-        load_network(net, checkpoint["state_dict"], path)
+        if path is None:
+            _take_published(cfg, net)
+        else:
+            load_network(net, trained_weights(checkpoint, path, cfg.weights), path)
         run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / str(cfg.name) / evaluation.fingerprint(net))
         _check_evaluation_folder(run_dir, net)
     _write_config(cfg, run_dir)
     return _evaluate(evaluation, net, run_dir, device)
+
+
+def _take_over(cfg: DictConfig, config: Any, overrides: tuple[str, ...]) -> None:
+    """Take model, data, threat and name from a checkpoint's config where the command line is silent."""
+    if any(override.startswith("model.weights=") for override in overrides):
+        raise ConfigError(f"model.weights={cfg.model.weights}: ckpt={cfg.ckpt} has the weights; give one of them")
+    saved = OmegaConf.create(config)
+    with open_dict(cfg):
+        cfg.name = cfg.name or saved.name
+        cfg.adv = saved.adv  # for the record: how the model was trained
+    _adopt(cfg, OmegaConf.create({key: saved[key] for key in ("model", "data", "threat")}), overrides)
+
+
+def _take_published(cfg: DictConfig, net: Classifier) -> None:
+    taken = take_weights(cfg, net)
+    if taken is None:
+        raise ConfigError(
+            "ckpt=null: expected a checkpoint or a run folder, such as ckpt=runs/<name>/<run id>, or a model with "
+            "weights: model=zoo/<key>, model.weights=<file>"
+        )
+    print(taken)
 
 
 def _evaluate(evaluation: Evaluation, net: torch.nn.Module, run_dir: Path, device: torch.device) -> Metrics:
@@ -199,6 +236,11 @@ def _complaint(error: Exception) -> str:
     unknown = re.match(r"Could not override '([^']+)'", line)
     if unknown:
         line = f"{unknown[1]}: no such key; --cfg job prints all keys"
+    in_zoo = re.match(r".*Could not find 'model/zoo/([^']+)'", line)
+    if in_zoo:
+        near = get_close_matches(in_zoo[1], ZOO, n=1)
+        hint = f"did you mean zoo/{near[0]}? " if near else ""
+        line = f"model=zoo/{in_zoo[1]}: no such model; {hint}python -m ares_lightning.models lists them"
     if isinstance(error, MissingMandatoryValue):
         line = f"{error.full_key}: must be given"
     return f"error: {line}"
@@ -281,16 +323,6 @@ def _checkpoint_to_resume(resume: str, run_dir: Path | None) -> Path:
     if not path.is_file():
         raise ConfigError(f"resume={resume}: no such checkpoint: {path}")
     return path
-
-
-def _checkpoint_in(path: Path) -> Path:
-    """Return the checkpoint at `path`: the file itself, or the best (else the last) of a run folder."""
-    if not path.is_dir():
-        return path
-    for name in ("best.ckpt", "last.ckpt"):
-        if (path / "checkpoints" / name).is_file():
-            return path / "checkpoints" / name
-    raise ConfigError(f"ckpt={path}: is a folder without checkpoints/best.ckpt or checkpoints/last.ckpt")
 
 
 def _adopt(cfg: DictConfig, saved: Any, overrides: tuple[str, ...], keep: tuple[str, ...] = ()) -> None:

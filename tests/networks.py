@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ares_lightning.models import ZOO, Classifier, make_classifier
+from ares_lightning.models.zoo import NORMALISATIONS
+
 
 class Linear(nn.Module):
     """A linear classifier, whose distance to the decision boundary is known in closed form."""
@@ -75,3 +78,12 @@ def predicted(net: nn.Module, images: Tensor) -> Tensor:
         labels = net.eval()(images).argmax(1)
     net.train(was_training)
     return labels
+
+
+def zoo_model(key: str) -> Classifier:
+    """A model of the zoo with random weights."""
+    model = ZOO[key]
+    mean, std = NORMALISATIONS[model.normalisation]
+    return make_classifier(
+        model.architecture, in_chans=3, num_classes=1000, img_size=224, mean=mean, std=std, **model.settings
+    )

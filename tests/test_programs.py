@@ -174,7 +174,7 @@ def test_every_choice_composes_and_builds(group, choice, tmp_path):
     extra = {"wandb": ["logger.offline=true"], "cda": ["attack.generator=weights.pt"]}.get(choice, [])
     cfg = composed("train", f"{group}={choice}", f"run_dir={tmp_path}", *extra)
     data = build.build_data(cfg)
-    build.build_module(cfg, data)
+    build.build_module(cfg, build.build_classifier(cfg, data.num_classes), data)
     build.build_evaluation(cfg, data)
     gpu = group == "trainer" and choice in ("gpu", "ddp")
     if not gpu or torch.cuda.is_available():
@@ -187,14 +187,15 @@ def test_every_model_composes_and_builds(choice):
     cfg = composed("train", f"model={choice}", *extra)
     data = build.build_data(cfg)
     with torch.device("meta"):
-        assert build.build_classifier(cfg, data)
+        assert build.build_classifier(cfg, data.num_classes)
     assert cfg.trainer.max_epochs >= 1
 
 
 @pytest.mark.parametrize("choice", choices("experiment"))
 def test_every_experiment_composes_and_names_its_command(choice):
     cfg = composed("train", f"experiment={choice}")
-    build.build_module(cfg, build.build_data(cfg))
+    data = build.build_data(cfg)
+    build.build_module(cfg, build.build_classifier(cfg, data.num_classes), data)
     assert f"python train.py experiment={choice}" in (CONFIG_DIR / "experiment" / f"{choice}.yaml").read_text()
 
 
@@ -236,6 +237,7 @@ def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> Non
     assert re.search(message, done.stderr), done.stderr
 
 
+ZOO_ON_DIGITS = ["model=zoo/resnet50_at", "model.mean=[0.3]", "model.std=[0.4]"]
 MISTAKES = [
     (["train.py", "model=foo"], "model/foo.*cnn resnet18 resnet50 timm vit_b"),
     (["train.py", "adv.epz=1"], "adv.epz: no such key"),
@@ -264,8 +266,28 @@ MISTAKES = [
     (["train.py", "eval=attack", "attack=tta"], "eval.attack.targets=null: tta knows a targeted form only"),
     (["train.py", "data=cifar10"], "data.root=null"),
     (["train.py", "data=cifar10", "data.root=/nowhere"], "data.root=/nowhere: does not exist"),
+    (["train.py", "weights=both"], "weights=both: expected null or one of ema, raw"),
+    (["train.py", "model=zoo/swinb"], "model=zoo/swinb: no such model; did you mean zoo/swinb_at"),
+    (["train.py", "model=zoo/resnet50_at"], r"expected 1 values each"),
+    (
+        ["train.py", *ZOO_ON_DIGITS],
+        r"ARES_ResNet50_AT\.pth: is not here; download it from https://.*model\.weights=null",
+    ),
+    (["train.py", *ZOO_ON_DIGITS, "model.weights=/"], r"weights=/: has no ARES_ResNet50_AT\.pth"),
+    (["train.py", *ZOO_ON_DIGITS, "model.weights=/no.pth"], r"weights=/no\.pth: is no file.*has a1_in1k"),
+    (
+        ["train.py", "model=resnet18", "model.weights=."],
+        "is a folder, and no published file is called after resnet18",
+    ),
+    (["train.py", "model.resample=1"], "model.resample=1: expected true or false"),
+    (["train.py", "model=timm", "model.name=resnet18.a1_in1k", "model.weights=x.pth"], "names weights too"),
+    (["train.py", "model.defense=jpg"], "model.defense.name=jpg: expected one of bit_depth, jpeg"),
+    (["train.py", "model.defense=[jpeg]"], r"model\.defense=\['jpeg'\]: expected a name"),
+    (["train.py", "model.defense={bits:3}"], r"model\.defense=\{'bits': 3\}: expected a name"),
+    (["train.py", "model.defense={name:jpeg,bits:3}"], "model.defense.bits=3: not a setting of jpeg"),
     (["evaluate.py"], "ckpt=null"),
-    (["evaluate.py", "ckpt=/nowhere.ckpt"], "/nowhere.ckpt: no such checkpoint file"),
+    (["evaluate.py", "model.weights=README.md"], "README.md: is text, not weights"),
+    (["evaluate.py", "ckpt=/nowhere.ckpt"], "/nowhere.ckpt: no such file"),
 ]
 
 

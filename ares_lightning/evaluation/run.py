@@ -39,7 +39,8 @@ class Evaluation:
     `bf16` for searches under bf16 autocast with verdicts in fp32; seed: of all noise; dataset: the images; subset:
     how they were chosen from their set, for the record; loader: makes batches of them in canonical order,
     `loader(dataset, skip=<sample ids>, batch_size=<images>)`; batch_size: images in one pass of the network;
-    compile: by torch.compile, which takes a while and pays off in long evaluations.
+    compile: by torch.compile, which takes a while and pays off in long evaluations; eot: draws of a randomised
+    model in a clean prediction, attacks have their own.
     """
 
     evaluators: Sequence[Evaluator]
@@ -51,6 +52,7 @@ class Evaluation:
     precision: str = "fp32"
     seed: int = 0
     compile: bool = False
+    eot: int = 1
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -88,7 +90,7 @@ class Evaluation:
         folded = fold_batchnorm(net.eval().to(device, PRECISIONS[self.precision]), (channels, height, width))
         search_on = torch.compile(folded.network, dynamic=True) if self.compile else folded.network
         precision = "bf16" if self.precision == "bf16" else "fp32"
-        passes = Passes(self.batch_size, precision, search_on=None if search_on is net else search_on)
+        passes = Passes(self.batch_size, precision, self.eot, None if search_on is net else search_on)
         examples = _Examples(self.dataset.classes)
         with _progress() as progress:
             if folded.num_folded or folded.kept:

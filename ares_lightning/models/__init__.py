@@ -1,6 +1,21 @@
 """Classifiers: networks that take pixels in [0, 1] and return logits, and the checkpoints they come from."""
 
-from ares_lightning.models.checkpoints import CheckpointError, load_network, read_checkpoint
+from ares_lightning.models.checkpoints import CheckpointError, read_checkpoint
 from ares_lightning.models.classifier import Classifier, Normalize, make_classifier
+from ares_lightning.models.defenses import make_defense
+from ares_lightning.models.weights import load_network, load_timm_weights, load_weights
+from ares_lightning.models.zoo import ZOO, ZooModel
 
-__all__ = ["CheckpointError", "Classifier", "Normalize", "load_network", "make_classifier", "read_checkpoint"]
+__all__ = [
+    "ZOO",
+    "CheckpointError",
+    "Classifier",
+    "Normalize",
+    "ZooModel",
+    "load_network",
+    "load_timm_weights",
+    "load_weights",
+    "make_classifier",
+    "make_defense",
+    "read_checkpoint",
+]

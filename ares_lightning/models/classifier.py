@@ -1,20 +1,45 @@
-"""Classifiers: normalisation as the first layer, then a timm architecture fitted to the data."""
+"""Classifiers: normalisation as the first layer, then an architecture fitted to the data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import timm
 import torch
 from timm.models.resnet import ResNet
+from timm.models.xcit import Xcit
 from torch import Tensor, nn
 
 from ares_lightning.models.cnn import CNN
+from ares_lightning.models.conv_stem import WIDTHS, with_conv_stem
+from ares_lightning.models.resnet_fd import DenoisingResNet
+from ares_lightning.models.t2t_vit import T2TViT
+from ares_lightning.models.wide_resnet import PreActResNet18, WideResNet
 
 SMALL_IMAGE = 64
 """Up to this size ResNets keep the resolution in their stem, as is usual on CIFAR (He et al. 2016, section 4.2)."""
+
+
+_XCIT_P16 = partial(Xcit, patch_size=16, depth=12, eta=1.0, tokens_norm=True)
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "cnn": CNN,
+    "t2t_vit_t_14": partial(T2TViT, embed_dim=384, depth=14, num_heads=6),
+    "t2t_vit_t_19": partial(T2TViT, embed_dim=448, depth=19, num_heads=7),
+    "t2t_vit_t_24": partial(T2TViT, embed_dim=512, depth=24, num_heads=8),
+    "resnet152_fd": DenoisingResNet,
+    "xcit_medium_12_p16_224": partial(_XCIT_P16, embed_dim=512, num_heads=8),
+    "xcit_large_12_p16_224": partial(_XCIT_P16, embed_dim=768, num_heads=16),
+    **{f"{name}_convstem": partial(with_conv_stem, name) for name in WIDTHS},
+    "preact_resnet18": PreActResNet18,
+    "wide_resnet28_10": partial(WideResNet, depth=28, width=10),
+    "wide_resnet34_10": partial(WideResNet, depth=34, width=10),
+    "wide_resnet70_16": partial(WideResNet, depth=70, width=16),
+}
+"""What timm lacks, by name."""
 
 
 class Normalize(nn.Module):
@@ -38,15 +63,30 @@ class Normalize(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A network from pixels in [0, 1], [N, C, H, W], to logits [N, classes]."""
+    """A network from pixels in [0, 1], [N, C, H, W], to logits [N, classes].
 
-    def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    defense: what is done to the pixels before they are normalised, from pixels to pixels.
+    settings: with which arguments the architecture was built.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        defense: nn.Module | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        self.defense = defense
+        self.settings = dict(settings or {})
         self.normalize = Normalize(mean, std)
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images in [0, 1]."""
+        if self.defense is not None:
+            images = self.defense(images)
         logits: Tensor = self.backbone(self.normalize(images))
         return logits
 
@@ -59,9 +99,11 @@ def make_classifier(
     img_size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    defense: nn.Module | None = None,
     **settings: Any,
 ) -> Classifier:
-    """Build `cnn` or any timm architecture by name, with random weights, fitted to images of `img_size` pixels.
+    """Build one of ARCHITECTURES or any of timm's by name, with random weights, fitted to images of `img_size`
+    pixels.
 
     Up to 64 pixels a ResNet takes a 3x3 stem of stride 1 without pooling. What has an image size is built at
     `img_size`, and a ViT and its kin take, unless `patch_size` is given, patches of 4 up to 32 pixels, 8 up to 64,
@@ -73,46 +115,48 @@ def make_classifier(
     """
     if not len(mean) == len(std) == in_chans:
         raise ValueError(f"mean={list(mean)}, std={list(std)}: expected {in_chans} values each, one a channel")
-    if name == "cnn":
-        backbone: nn.Module = _built(name, CNN, in_chans, num_classes, **settings)
-    else:
-        backbone = _timm_backbone(name, in_chans, num_classes, img_size, settings)
-    classifier = Classifier(backbone, mean, std).to(memory_format=torch.channels_last)
+    backbone, settings = _backbone(name, in_chans, num_classes, img_size, settings)
+    classifier = Classifier(backbone, mean, std, defense, settings).to(memory_format=torch.channels_last)
     _check_forward(name, classifier, torch.zeros(2, in_chans, img_size, img_size), num_classes)
     return classifier
 
 
-def _timm_backbone(
+def _backbone(
     name: str, in_chans: int, num_classes: int, img_size: int, settings: dict[str, Any]
-) -> nn.Module:
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the network; return it with the settings that it took."""
     architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        near = get_close_matches(architecture, timm.list_models(), n=3)
+    if architecture not in ARCHITECTURES and not timm.is_model(architecture):
+        near = get_close_matches(architecture, [*ARCHITECTURES, *timm.list_models()], n=3)
         remedy = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
         raise ValueError(f"name={name}: timm {timm.__version__} has no such architecture; {remedy}")
+    build = ARCHITECTURES.get(architecture) or partial(timm.create_model, name)
     settings = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes, **settings}
     if img_size <= SMALL_IMAGE and not architecture.startswith(_OWN_PATCHES):
         settings = {"patch_size": 4 if img_size <= 32 else 8, **settings}
-    backbone = _built(name, _create, name, settings)
+    try:
+        backbone, settings = _fitted(build, settings)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"name={name}: the architecture cannot be built so: {reason}") from error
     if isinstance(backbone, ResNet) and img_size <= SMALL_IMAGE:
         _keep_resolution(backbone, in_chans)
-    return backbone
+    return backbone, settings
 
 
 _OWN_PATCHES = ("swin", "convnext")
 """Architectures that begin with patches of 4 and merge them, so that theirs fit small images as they are."""
 
 
-def _create(name: str, settings: dict[str, Any]) -> nn.Module:
-    """Build a timm architecture; one that has no patches or image size is built without."""
+def _fitted(build: Callable[..., nn.Module], settings: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Build an architecture; one that has no patches or image size is built without."""
     try:
-        network: nn.Module = timm.create_model(name, **settings)
+        return build(**settings), settings
     except TypeError as error:
         for key in ("patch_size", "img_size"):
             if f"unexpected keyword argument '{key}'" in str(error) and key in settings:
-                return _create(name, {k: value for k, value in settings.items() if k != key})
+                return _fitted(build, {k: value for k, value in settings.items() if k != key})
         raise
-    return network
 
 
 @torch.no_grad()
@@ -132,12 +176,3 @@ def _keep_resolution(resnet: Any, in_chans: int) -> None:
     resnet.conv1 = nn.Conv2d(in_chans, resnet.bn1.num_features, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
     resnet.maxpool = nn.Identity()
-
-
-def _built(name: str, build: Any, *args: Any, **settings: Any) -> nn.Module:
-    try:
-        network: nn.Module = build(*args, **settings)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"name={name}: the architecture cannot be built so: {reason}") from error
-    return network
