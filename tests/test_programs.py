@@ -340,8 +340,9 @@ def test_the_readmes_commands_run(command, trained, tmp_path):
     arguments = [str(trained) if argument.startswith("runs/") else argument for argument in arguments]
     arguments = [f"ckpt={trained}" if argument.startswith("ckpt=") else argument for argument in arguments]
     if program == "-m":
-        done = run("-m", *arguments, "--output", tmp_path / "report.html")
-        assert (tmp_path / "report.html").exists()
+        output = tmp_path / "report.html"
+        done = run("-m", *arguments, *([] if arguments == ["ares_lightning.models"] else ["--output", output]))
+        assert output.exists() or "55 of 55 models" in done.stdout
     else:
         arguments = [
             a for a in arguments if not a.startswith(("data", "subset=", "trainer.max_epochs", "trainer.limit"))

@@ -59,15 +59,18 @@ def load_network(network: nn.Module, state_dict: Mapping[str, Tensor], path: Pat
                 f"{path}: {key} has shape {list(value.shape)}, the model has {list(own[key].shape)}; "
                 "give the model and the number of classes it was trained with"
             )
-        if value.is_quantized or value.is_floating_point() != own[key].is_floating_point():
+        is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+        if not is_plain or value.is_floating_point() != own[key].is_floating_point():
+            kind = "sparse" if value.layout != torch.strided else "without values" if value.is_meta else value.dtype
             raise CheckpointError(
-                f"{path}: {key} is {value.dtype}, the model has {own[key].dtype}; quantised weights are not the "
-                "network that was trained: give those from before quantisation"
+                f"{path}: {key} is {kind}, the model has {own[key].dtype}; give the weights as they were trained, "
+                "from before they were quantised or packed"
             )
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        num_bad = int((~value.float().isfinite()).sum()) if value.is_floating_point() else 0
+        if num_bad:
             raise CheckpointError(
-                f"{path}: {key} holds {int((~value.isfinite()).sum())} values that are NaN or infinite; the "
-                "training diverged, or the file is damaged: give another checkpoint"
+                f"{path}: {key} holds {num_bad} values that are NaN or infinite; the training diverged, or the file "
+                "is damaged: give another checkpoint"
             )
     network.load_state_dict(weights)
 
@@ -225,13 +228,17 @@ def _prefixes(found: StateDict, own: StateDict, path: Path) -> tuple[str, set[st
     prefix = max(candidates, key=lambda candidate: covered[candidate])
     copies = [other for other in candidates if covered[other] == len(own) and other != prefix]
     for other in copies:
-        if any(not torch.equal(found[f"{prefix}{key}"], found[f"{other}{key}"]) for key in own):
+        if not all(_are_equal(found[f"{prefix}{key}"], found[f"{other}{key}"]) for key in own):
             raise CheckpointError(
                 f"{path}: holds two such networks, under {prefix} and {other}; save one of them alone"
             )
     return prefix, {f"{other}{key}" for other in copies for key in own} | {
         key for key in found if key.startswith(tuple(copies)) and _is_counter(key)
     }
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _common_wrappers(found: StateDict) -> str:

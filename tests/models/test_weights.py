@@ -191,7 +191,32 @@ def test_old_swin_names_are_converted(tmp_path):
         load_weights(small("swin_tiny_patch4_window7_224", img_size=112, depths=(1, 1, 1, 1)), tmp_path / "old.pth")
 
 
-def test_the_names_of_meta_for_convnext_and_of_deepmind_for_wide_resnets_are_converted(tmp_path):
+def test_the_files_of_wide_resnets_have_names_of_their_own(tmp_path):
+    settings = {"depth": 10, "width": 1, "img_size": 32}
+    source, net = small("wide_resnet28_10", 1, **settings), small("wide_resnet28_10", 2, **settings)
+    state = source.backbone.state_dict()
+    deepmind = {"conv1": "init_conv", "bn1": "batchnorm", "fc": "logits"}
+    inner = {"bn1": "batchnorm_0", "conv1": "conv_0", "bn2": "batchnorm_1", "conv2": "conv_1"}
+    renamed = {}
+    for key, value in state.items():
+        parts = key.split(".")
+        if parts[0].startswith("block"):
+            module = inner.get(parts[3], "shortcut")
+            parts = ["layer", str(int(parts[0][-1]) - 1), "block", parts[2], module, *parts[4:]]
+        else:
+            parts[0] = deepmind[parts[0]]
+        renamed[".".join(parts)] = value
+    torch.save(prefixed({**renamed, **normaliser("", "mean", "std")}, "module."), tmp_path / "gowal.pt")
+    unused = {key.replace("block1.", "sub_block1."): value for key, value in state.items() if "block1." in key}
+    torch.save({"state_dict": prefixed({**state, **unused}, "module.")}, tmp_path / "carmon.pt")
+    images = torch.rand(2, 3, 32, 32)
+    for name in ("gowal", "carmon"):
+        assert "names converted" in load_weights(net, tmp_path / f"{name}.pt")
+        assert torch.equal(net.eval()(images), source.eval()(images))
+        net = small("wide_resnet28_10", 2, **settings)
+
+
+def test_the_names_of_meta_for_convnext_are_converted(tmp_path):
     source, net = small("convnext_atto", 1, img_size=64), small("convnext_atto", 2, img_size=64)
     renamed = {}
     for key, value in source.backbone.state_dict().items():
@@ -376,6 +401,11 @@ def write_broken(kind: str, path, mark) -> None:
     elif kind == "integers":
         state["conv1.weight"] = state["conv1.weight"].mul(100).to(torch.int8)
         torch.save(state, path)
+    elif kind == "sparse":
+        state["fc.weight"] = state["fc.weight"].to_sparse()
+        torch.save(state, path)
+    elif kind == "no values":
+        torch.save({key: value.to("meta") for key, value in state.items()}, path)
     else:
         assert kind == "missing"
 
@@ -407,6 +437,8 @@ BROKEN = {
     "one tensor": "holds a Tensor, not weights by name",
     "quantised": r"conv1\.weight is torch\.qint8",
     "integers": r"conv1\.weight is torch\.int8",
+    "sparse": r"fc\.weight is sparse",
+    "no values": "is without values",
     "missing": "no such file",
 }
 
