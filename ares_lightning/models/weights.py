@@ -69,8 +69,8 @@ def load_network(network: nn.Module, state_dict: Mapping[str, Tensor], path: Pat
         num_bad = int((~value.float().isfinite()).sum()) if value.is_floating_point() else 0
         if num_bad:
             raise CheckpointError(
-                f"{path}: {key} holds {num_bad} values that are NaN or infinite; the training diverged, or the file "
-                "is damaged: give another checkpoint"
+                f"{path}: {key} holds {num_bad} values that are NaN or infinite; the training diverged, or the "
+                "file is damaged: give another checkpoint"
             )
     network.load_state_dict(weights)
 
