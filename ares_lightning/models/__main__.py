@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(given: argparse.Namespace) -> None:
     models = [model for model in ZOO.values() if _is_asked_for(model, given)]
+    if not models:
+        raise ValueError(
+            f"no model is like that: {' '.join(given.words) or 'the filters'}; without them all are listed"
+        )
     if given.json:
         print(json.dumps([model.facts() for model in models], indent=1))
         return

@@ -132,8 +132,9 @@ def _read_table() -> dict[str, ZooModel]:
 
 def _model(row: dict[str, str]) -> ZooModel:
     boards = (
-        Published("ARES 2.0", 1000, _percent(row, ("clean", "fgsm", "pgd100", "autoattack"), "ares_")),
-        Published("RobustBench", 5000, _percent(row, ("clean", "autoattack"), "rb_")),
+        Published("timm, with its own crop", 50_000, _percent(row, ("clean",), "timm_")),
+        Published("ARES 2.0", 1_000, _percent(row, ("clean", "fgsm", "pgd100", "autoattack"), "ares_")),
+        Published("RobustBench", 5_000, _percent(row, ("clean", "autoattack"), "rb_")),
     )
     words = ("key", "family", "architecture", "training", "weights", "normalisation", "activation", "note")
     settings = dict(setting.split("=") for setting in row["settings"].split(";") if setting)
