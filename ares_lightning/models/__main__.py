@@ -9,14 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from ares_lightning.export import FORMATS, export
 from ares_lightning.models.weights import WHICH
 from ares_lightning.models.zoo import NORMALISATIONS, TRAININGS, ZOO, ZooModel, find_model
-
-WIDTH_OF_FILE = 160
-"""Columns of the table where it does not go to a terminal: enough for its longest line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,29 +59,26 @@ def _parser() -> argparse.ArgumentParser:
 def _list(given: argparse.Namespace) -> None:
     models = [model for model in ZOO.values() if _is_asked_for(model, given)]
     if not models:
-        raise ValueError(
-            f"no model is like that: {' '.join(given.words) or 'the filters'}; without them all are listed"
-        )
+        asked = " ".join([*given.words, *filter(None, (given.family, given.training, given.weights))])
+        raise ValueError(f"no model is like that: {asked}; without filters all are listed")
     if given.json:
         print(json.dumps([model.facts() for model in models], indent=1))
         return
-    table = Table(
-        Column("key", no_wrap=True), "family", "training", "architecture", "weights", "clean", "AutoAttack"
-    )
+    table = Table("key", "family", "training", "weights", "normalisation", "clean", "AutoAttack")
     for model in models:
         table.add_row(
             model.key,
             model.family,
             model.training,
-            model.architecture,
-            model.weights,
+            "timm" if model.in_timm else "file",
+            model.normalisation,
             *(_first(model, metric) for metric in ("clean", "autoattack")),
         )
     table.caption = (
-        f"{len(models)} of {len(ZOO)} models; weights: a tag of timm or a published file; clean and AutoAttack: "
-        "published accuracy in %, L-inf 4/255. `show <key>` tells more."
+        f"{len(models)} of {len(ZOO)} models; published accuracy in %, AutoAttack at L-inf 4/255, not all on the same "
+        "images; `show <key>` tells more"
     )
-    Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILE, highlight=False).print(table)
+    Console(highlight=False).print(table)
 
 
 def _is_asked_for(model: ZooModel, given: argparse.Namespace) -> bool:

@@ -64,6 +64,7 @@ def test_the_table_holds_the_benchmarks_55_models():
     assert Counter(model.training for model in ZOO.values()) == {
         "normal": 24, "at": 12, "21k": 9, "sota": 6, "mae": 2, "moco": 1, "fd": 1
     }  # fmt: skip
+    assert sum(board.source.startswith("timm") for model in ZOO.values() for board in model.published) == 25
     assert sum(model.in_timm for model in ZOO.values()) == 25
     files = [model.weights for model in ZOO.values() if not model.in_timm]
     assert len(set(files)) == len(files) == 30
@@ -143,7 +144,8 @@ def printed(capsys, *words: str) -> str:
 def test_the_command_line_lists_filters_and_shows(capsys):
     everything = printed(capsys)
     assert all(key in everything for key in ZOO)
-    assert "…" not in everything.replace("`show <key>`", "")
+    assert "…" not in everything
+    assert max(map(len, everything.splitlines())) <= 80
     assert "55 of 55 models" in everything
     assert "3 of 55 models" in printed(capsys, "--family", "Swin", "--training", "at")
     assert [row["key"] for row in json.loads(printed(capsys, "list", "xcit", "sota", "--json"))] == [
@@ -155,6 +157,9 @@ def test_the_command_line_lists_filters_and_shows(capsys):
     assert "autoattack 57.3 % (ARES 2.0, 1,000 images)" in shown
     facts = json.loads(printed(capsys, "show", "swinb_at", "--json"))
     assert facts["published"][1]["percent"] == {"clean": 76.16, "autoattack": 56.16}
+    with pytest.raises(SystemExit) as caught:
+        main(["swim", "--training", "at"])
+    assert caught.value.code == "error: no model is like that: swim at; without filters all are listed"
     with pytest.raises(SystemExit) as caught:
         main(["show", "swinb"])
     assert caught.value.code == "error: swinb: is no model of the zoo; did you mean swinb_at?"
