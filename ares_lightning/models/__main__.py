@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +65,7 @@ def _list(given: argparse.Namespace) -> None:
     if given.json:
         print(json.dumps([model.facts() for model in models], indent=1))
         return
-    table = Table("key", "family", "training", "weights", "normalisation", "clean", "AutoAttack")
+    table = Table("key", "family", "training", "weights", "norm.", "clean", "AutoAttack", box=box.SIMPLE_HEAD)
     for model in models:
         table.add_row(
             model.key,
@@ -75,8 +76,8 @@ def _list(given: argparse.Namespace) -> None:
             *(_first(model, metric) for metric in ("clean", "autoattack")),
         )
     table.caption = (
-        f"{len(models)} of {len(ZOO)} models; published accuracy in %, AutoAttack at L-inf 4/255, not all on the same "
-        "images; `show <key>` tells more"
+        f"{len(models)} of {len(ZOO)} models; published accuracy in %, AutoAttack at L-inf 4/255,\n"
+        "not all on the same images; `show <key>` tells more"
     )
     Console(highlight=False).print(table)
 
