@@ -65,14 +65,13 @@ def _list(given: argparse.Namespace) -> None:
     if given.json:
         print(json.dumps([model.facts() for model in models], indent=1))
         return
-    table = Table("key", "family", "training", "weights", "norm.", "clean", "AutoAttack", box=box.SIMPLE_HEAD)
+    table = Table("key", "family", "training", "weights", "clean", "AutoAttack", box=box.SIMPLE_HEAD)
     for model in models:
         table.add_row(
             model.key,
             model.family,
             model.training,
             "timm" if model.in_timm else "file",
-            model.normalisation,
             *(_first(model, metric) for metric in ("clean", "autoattack")),
         )
     table.caption = (
