@@ -27,6 +27,8 @@ LIGHTNING_RAW = "current_model_state"
 """Where Lightning's weight averaging keeps the raw weights; `state_dict` then holds the average."""
 BOOKKEEPING = ("n_averaged",)
 """What torch's AveragedModel counts beside the weights."""
+SHELLS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, FSDP and activation checkpointing put into names, anywhere."""
 WRAPPERS = ("module", "model", "backbone", "net", "network", "encoder", "classifier")
 MEANS, STDS = ("mean", "mu", "new_mean"), ("std", "sigma", "new_std")
 """Names of the statistics that files keep of a normalisation in front of the network."""
@@ -192,7 +194,7 @@ def _load(
 
 
 def _state_dict(content: Any, path: Path, weights: str | None) -> tuple[StateDict, str]:
-    """Return the state dict in a file, without the names that torch.compile adds, and the entry it lay under."""
+    """Return the state dict in a file, without SHELLS in its names, and the entry it lay under."""
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path}: holds a {type(content).__name__}, not weights by name; save model.state_dict()"
@@ -207,7 +209,7 @@ def _state_dict(content: Any, path: Path, weights: str | None) -> tuple[StateDic
     if entry is not None:
         return _state_dict(content[entry], path, None)[0], entry
     tensors = {
-        ".".join(part for part in str(key).split(".") if part != "_orig_mod"): value
+        ".".join(part for part in str(key).split(".") if part not in SHELLS): value
         for key, value in content.items()
         if isinstance(value, Tensor) and key not in BOOKKEEPING
     }

@@ -83,6 +83,10 @@ FORMATS = {
         "state_dict": prefixed(state, "net.backbone."),
     },
     "torch.compile": compiled,
+    "FSDP of checkpointed layers": lambda state: {
+        f"_fsdp_wrapped_module.{key.replace('layer1.0.', 'layer1.0._checkpoint_wrapped_module.')}": value
+        for key, value in state.items()
+    },
     "torch.compile of DDP": lambda state: prefixed(state, "_orig_mod.module."),
     "DDP of torch.compile": lambda state: {"model": prefixed(state, "module._orig_mod.")},
     "before batch norms counted": lambda state: {k: v for k, v in state.items() if "num_batches" not in k},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 from collections import Counter
 
 import pytest
@@ -109,6 +110,8 @@ def test_every_model_gives_finite_logits(key):
     assert logits.shape == (1, 1000)
     assert bool(logits.isfinite().all())
     assert float(logits.std()) > 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+    assert peak < 8 * 2**20
 
 
 @pytest.mark.parametrize("key", ZOO)
