@@ -199,8 +199,9 @@ def _state_dict(content: Any, path: Path, weights: str | None) -> tuple[StateDic
         raise CheckpointError(
             f"{path}: holds a {type(content).__name__}, not weights by name; save model.state_dict()"
         )
-    averaged = next((name for name in AVERAGED if isinstance(content.get(name), Mapping)), None)
-    raw = next((name for name in RAW if isinstance(content.get(name), Mapping)), None)
+    filled = [name for name, value in content.items() if isinstance(value, Mapping) and value]
+    averaged = next((name for name in AVERAGED if name in filled), None)
+    raw = next((name for name in RAW if name in filled), None)
     if isinstance(content.get(LIGHTNING_RAW), Mapping):
         averaged, raw = "state_dict", LIGHTNING_RAW
     if weights == "ema" and averaged is None:
@@ -260,6 +261,11 @@ def _converted(network: nn.Module, state: StateDict, path: Path, resample: bool)
     Raises CheckpointError where that resamples what it was not asked to.
     """
     if isinstance(network, WideResNet):
+        if "init_conv.weight" in state and network.padding != "same":
+            raise CheckpointError(
+                f"{path}: has the names of Gowal et al., whose networks pad otherwise than this one: "
+                "+model.settings.padding=same, and activation=silu where they have it"
+            )
         return from_published(state)
     timms = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if timms is None:

@@ -39,7 +39,7 @@ class WideResNet(nn.Module):
         if padding not in PADDINGS:
             raise ValueError(f"padding={padding}: expected one of {', '.join(PADDINGS)}")
         act, same = _activation(activation), padding == "same"
-        self.num_classes = num_classes
+        self.num_classes, self.padding = num_classes, padding
         self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
         chans = 16
         for stage in range(3):

@@ -127,6 +127,8 @@ def test_averaged_weights_are_taken_unless_the_raw_ones_are_asked_for(tmp_path):
             line = load_weights(net, tmp_path / f"{name}.pth", weights=which)
             assert torch.equal(net.backbone.state_dict()["conv1.weight"], expected["conv1.weight"])
             assert ("ema" in line) == (which != "raw")
+    torch.save({"state_dict": raw, "state_dict_ema": None, "ema": {}}, tmp_path / "none.pth")
+    assert "from state_dict" in load_weights(resnet(3), tmp_path / "none.pth")
     torch.save(raw, tmp_path / "raw.pth")
     load_weights(resnet(3), tmp_path / "raw.pth", weights="raw")
     with pytest.raises(CheckpointError, match=r"raw\.pth: holds no averaged weights; give weights=raw"):
@@ -196,7 +198,7 @@ def test_old_swin_names_are_converted(tmp_path):
 
 
 def test_the_files_of_wide_resnets_have_names_of_their_own(tmp_path):
-    settings = {"depth": 10, "width": 1, "img_size": 32}
+    settings = {"depth": 10, "width": 1, "img_size": 32, "padding": "same"}
     source, net = small("wide_resnet28_10", 1, **settings), small("wide_resnet28_10", 2, **settings)
     state = source.backbone.state_dict()
     deepmind = {"conv1": "init_conv", "bn1": "batchnorm", "fc": "logits"}
@@ -218,6 +220,8 @@ def test_the_files_of_wide_resnets_have_names_of_their_own(tmp_path):
         assert "names converted" in load_weights(net, tmp_path / f"{name}.pt")
         assert torch.equal(net.eval()(images), source.eval()(images))
         net = small("wide_resnet28_10", 2, **settings)
+    with pytest.raises(CheckpointError, match=r"names of Gowal et al\., whose networks pad otherwise"):
+        load_weights(small("wide_resnet28_10", 2, **settings | {"padding": "symmetric"}), tmp_path / "gowal.pt")
 
 
 def test_the_names_of_meta_for_convnext_are_converted(tmp_path):
