@@ -53,7 +53,9 @@ def logits(trained) -> torch.Tensor:
     )
     load_network(net, checkpoint["state_dict"], trained)
     with torch.inference_mode():
-        return net.eval()(IMAGES)
+        logits = net.eval()(IMAGES)
+    assert logits.std(0).max() > 1e-3
+    return logits
 
 
 def exported(trained: Path, tmp_path: Path, to: str, *more: object) -> Path:

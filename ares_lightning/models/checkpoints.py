@@ -51,7 +51,7 @@ def read_file(path: Path) -> Any:
     archive that says it holds more than it does.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if head.startswith(b"PK\x03\x04"):
@@ -128,7 +128,7 @@ def _check_head(path: Path, head: bytes) -> None:
 
 def _refusal(message: str) -> str:
     """Return what is said about a pickle that holds more than tensors and plain values."""
-    found = re.search(r"GLOBAL (\S+)", message)
+    found = re.search(r"GLOBAL ([\w.]+)", message, flags=re.ASCII)
     name = f"holds {found[1]}" if found else "is no plain pickle"
     if found and found[1].startswith("dill."):
         return (
