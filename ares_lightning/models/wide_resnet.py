@@ -89,15 +89,22 @@ class _WideBlock(nn.Module):
 class PreActResNet18(nn.Module):
     """ResNet-18 of pre-activation blocks for small images, [N, C, H, W] to logits [N, num_classes].
 
-    activation: `relu` or `silu`. active_skip: a wider skip starts after the activation, as in He et al., and not
-    at the block's input, as in the published files of Wong et al. 2020 (arXiv 2001.03994) and Rice et al. 2020
-    (arXiv 2002.11569), whose names of parameters these are.
+    activation: `relu` or `silu`. active_skip: a wider skip starts after the activation, as in the paper, or at the
+    block's input. final_norm: norm and activation before the mean over places. Names of parameters are the usual
+    ones, and most do not tell these apart: of CIFAR-10's published files, that of Rice et al. 2020 (arXiv
+    2002.11569) is as by default; for that of Wong et al. 2020 (arXiv 2001.03994) ARES 2.0 has active_skip false,
+    and RobustBench, whose file is another, final_norm false as well.
 
     He et al. 2016, arXiv 1603.05027, section 4.
     """
 
     def __init__(
-        self, in_chans: int = 3, num_classes: int = 10, activation: str = "relu", active_skip: bool = False
+        self,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        activation: str = "relu",
+        active_skip: bool = True,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         act = _activation(activation)
@@ -111,8 +118,8 @@ class PreActResNet18(nn.Module):
                 blocks.append(_PreActBlock(chans, 64 * 2**stage, stride, act, active_skip))
                 chans = 64 * 2**stage
             self.add_module(f"layer{stage + 1}", blocks)
-        self.bn = nn.BatchNorm2d(chans)
-        self.act = act
+        self.bn = nn.BatchNorm2d(chans) if final_norm else nn.Identity()
+        self.act = act if final_norm else nn.Identity()
         self.linear = nn.Linear(chans, num_classes)
         _initialise(self)
 
