@@ -22,7 +22,6 @@ from ares_lightning.models.checkpoints import find_checkpoint
 from ares_lightning.models.classifier import ARCHITECTURES
 from ares_lightning.models.weights import trained_weights
 
-FORMATS = ("timm", "robustbench", "safetensors")
 RECIPE = ("model", "adv", "trick", "aug", "optim", "trainer", "threat", "seed")
 """Groups of the config that say how a model was trained."""
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -38,7 +37,7 @@ def export(
     license: str = "unknown",
     evaluations: Sequence[Path] = (),
 ) -> Path:
-    """Write the model of a run folder or checkpoint in a format of FORMATS, with a card; return the folder.
+    """Write the model of a run folder or checkpoint in a format, with a card; return the folder.
 
     timm: `model.safetensors` and `config.json`, for `timm.create_model("local-dir:<folder>", pretrained=True)`.
     robustbench: the weights as `<name>.pt` and the facts of its leaderboard as `<name>.json`. safetensors:

@@ -17,6 +17,7 @@ from networks import zoo_model
 from PIL import Image
 from safetensors.torch import save_file
 
+from ares_lightning.launch import evaluate_main
 from ares_lightning.models import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -113,23 +114,32 @@ def test_without_network_and_cache_one_line_says_what_to_do(hub, tmp_path):
     )
 
 
-def test_a_checkpoint_brings_its_own_weights(tmp_path):
-    done = run("train.py", "debug=limit", "model.settings.width=4", f"run_dir={tmp_path / 'run'}", "eval=[clean]")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A short training of the small network."""
+    run_dir = tmp_path_factory.mktemp("runs") / "trained"
+    done = run("train.py", "debug=limit", "model.settings.width=4", f"run_dir={run_dir}", "eval=[clean]")
     assert done.returncode == 0, done.stderr
-    done = run("evaluate.py", f"ckpt={tmp_path / 'run'}", "model.weights=other.pth", f"launch.root={tmp_path}")
-    assert done.stderr.startswith("error: model.weights=other.pth: ckpt=")
-    assert len(done.stderr.splitlines()) == 1
+    return run_dir
+
+
+def evaluated(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    evaluate_main()
+
+
+def test_a_checkpoint_brings_its_own_weights(trained, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        evaluated(monkeypatch, f"ckpt={trained}", "model.weights=other.pth", f"launch.root={tmp_path}")
+    assert str(caught.value.code).startswith("error: model.weights=other.pth: ckpt=")
 
 
 @pytest.mark.parametrize("defense", ["bit_depth", "{name:jpeg,quality:50}", "random_resize_pad"])
-def test_a_defence_is_put_before_a_checkpoint_and_attacked_through(defense, tmp_path):
-    done = run("train.py", "debug=limit", "model.settings.width=4", f"run_dir={tmp_path / 'run'}", "eval=[]")
-    assert done.returncode == 0, done.stderr
+def test_a_defence_is_put_before_a_checkpoint_and_attacked_through(defense, trained, monkeypatch, tmp_path):
     question = ["eval=[clean,pgd20]", "subset=first:20", f"model.defense={defense}"]
     values = []
     for name in ("first", "second"):
-        done = run("evaluate.py", f"ckpt={tmp_path / 'run'}", *question, f"run_dir={tmp_path / name}")
-        assert done.returncode == 0, done.stderr
+        evaluated(monkeypatch, f"ckpt={trained}", *question, f"run_dir={tmp_path / name}")
         values.append([row["value"] for row in json.loads((tmp_path / name / "summary.json").read_text())])
     assert values[0] == values[1]
     config = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())

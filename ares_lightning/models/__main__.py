@@ -12,9 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ares_lightning.export import FORMATS, export
 from ares_lightning.models.weights import WHICH
 from ares_lightning.models.zoo import NORMALISATIONS, TRAININGS, ZOO, ZooModel, find_model
+
+FORMATS = ("timm", "robustbench", "safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,6 +122,10 @@ def _show(given: argparse.Namespace) -> None:
 
 
 def _export(given: argparse.Namespace) -> None:
+    from ares_lightning.export import (
+        export,
+    )  # and with it all of training and evaluation, which the list can do without
+
     folder = export(
         given.run,
         given.to,
