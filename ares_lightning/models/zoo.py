@@ -131,7 +131,13 @@ def _read_table() -> dict[str, ZooModel]:
 
 
 def _model(row: dict[str, str]) -> ZooModel:
+    """Build a model from its line; accuracies are those of, by prefix of the column:
+
+    authors_: arXiv 2101.11986 (T2T-ViT) and 2111.06377 (MAE); timm_: results/results-imagenet.csv of timm, August
+    2026; ares_: robust_training/README.md of ARES 2.0; rb_: RobustBench, March 2025.
+    """
     boards = (
+        Published("the network's authors", 50_000, _percent(row, ("clean",), "authors_")),
         Published("timm, with its own crop", 50_000, _percent(row, ("clean",), "timm_")),
         Published("ARES 2.0", 1_000, _percent(row, ("clean", "fgsm", "pgd100", "autoattack"), "ares_")),
         Published("RobustBench", 5_000, _percent(row, ("clean", "autoattack"), "rb_")),
