@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ares_lightning.attacks import parse_budget
 from ares_lightning.build import build_classifier
 from ares_lightning.evaluation.run import model_fingerprint
 from ares_lightning.models import Classifier, load_network, read_checkpoint
@@ -122,8 +124,8 @@ def _write_robustbench(
     classifier: Classifier, config: dict[str, Any], numbers: Sequence[dict[str, Any]], name: str, output: Path
 ) -> str:
     threat = config["threat"]
-    accuracy = {row["attack"]: f"{row['value']:.2%}".rstrip("%") for row in numbers if row["attack"]}
-    clean, under_autoattack = accuracy.get("none"), accuracy.get("autoattack")
+    eps = parse_budget(threat["eps"])
+    under_autoattack = percent(numbers, "robust_accuracy", "autoattack", threat["norm"], eps)
     facts = {
         "link": None,
         "name": name,
@@ -134,7 +136,7 @@ def _write_robustbench(
         "venue": None,
         "architecture": config["model"]["name"],
         "eps": str(threat["eps"]),
-        "clean_acc": clean,
+        "clean_acc": percent(numbers, "clean_accuracy", "none", None, 0.0),
         "reported": under_autoattack,
         "autoattack_acc": under_autoattack,
         "unreliable": False,
@@ -146,6 +148,23 @@ def _write_robustbench(
     return _USAGE["robustbench"].format(
         name=name, mean=mean, std=std, norm=NORMS[threat["norm"]], dataset=config["data"]["name"]
     )
+
+
+def percent(
+    numbers: Sequence[dict[str, Any]], metric: str, attack: str, norm: str | None, eps: float
+) -> str | None:
+    """Return the accuracy under an attack at one budget, in percent, of the summary row with the most images.
+
+    None where no row is about it; accuracy at other budgets, as of a curve, and targeted accuracy are not meant.
+    """
+    rows = [
+        row
+        for row in numbers
+        if (row["attack"], row["norm"], row["metric"]) == (attack, norm, metric)
+        and row["eps"] is not None
+        and math.isclose(row["eps"], eps)
+    ]
+    return f"{100 * max(rows, key=lambda row: row['n'])['value']:.2f}" if rows else None
 
 
 def _write_safetensors(

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ares_lightning.export import percent
 from ares_lightning.launch import train_main
 from ares_lightning.models import load_network, make_classifier, read_checkpoint
 from ares_lightning.models.__main__ import main
@@ -114,6 +116,20 @@ def test_the_card_says_recipe_data_numbers_and_licence(trained, tmp_path):
     clean = next(row for row in json.loads((trained / "summary.json").read_text()) if row["evaluator"] == "clean")
     assert facts["clean_acc"] == f"{100 * clean['value']:.2f}"
     assert facts["autoattack_acc"] is None
+
+
+def test_the_leaderboards_number_is_that_of_the_threat_model_on_the_most_images():
+    shared = {"metric": "robust_accuracy", "attack": "autoattack", "norm": "linf"}
+    rows = [
+        {**shared, "eps": 2 / 255, "value": 0.9, "n": 5000},
+        {**shared, "eps": 4 / 255, "value": 0.61, "n": 100},
+        {**shared, "eps": 4 / 255, "value": 0.5612, "n": 1000},
+        {**shared, "eps": 4 / 255, "value": 0.99, "n": 9000, "metric": "targeted_robust_accuracy"},
+        {**shared, "eps": 4 / 255, "value": 0.98, "n": 9000, "norm": "l2"},
+        {**shared, "eps": None, "value": 0.0, "n": 9000},
+    ]
+    assert percent(rows, "robust_accuracy", "autoattack", "linf", float(Fraction("4/255"))) == "56.12"
+    assert percent(rows, "robust_accuracy", "square", "linf", 4 / 255) is None
 
 
 def refusal(*words: object) -> str:

@@ -323,7 +323,8 @@ def test_the_wheel_carries_the_configs_and_the_page(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {f"ares_lightning/conf/{path.relative_to(CONFIG_DIR)}" for path in CONFIG_DIR.rglob("*.yaml")}
     assert len(shipped) > 30
-    assert shipped | {"ares_lightning/evaluation/page.html", "ares_lightning/py.typed"} <= names
+    beside_code = {"evaluation/page.html", "models/zoo.csv", "py.typed"}
+    assert shipped | {f"ares_lightning/{name}" for name in beside_code} <= names
 
 
 def readme_commands() -> list[str]:
