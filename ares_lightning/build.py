@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,24 @@ from ares_lightning.attacks import Attack, Threat, make_attack, parse_budget
 from ares_lightning.attacks.attack import check_count
 from ares_lightning.attacks.autoattack import RANDOM_DRAWS
 from ares_lightning.attacks.threat import BALLS
-from ares_lightning.data import RobustDataModule, collate, select_subset
+from ares_lightning.data import (
+    BatchAugmentation,
+    ImageError,
+    ImageSet,
+    Preprocessing,
+    RobustDataModule,
+    ares_preprocessing,
+    collate,
+    select_subset,
+)
+from ares_lightning.data.datasets import Unreadable
 from ares_lightning.evaluation.curves import BisectedCurve, BracketedCurve, Curve, ExactCurve, curve_budgets
-from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator, Evaluator
+from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator, Evaluator, SetsEvaluator
 from ares_lightning.evaluation.run import Evaluation
+from ares_lightning.evaluation.sets import FoundSets, corrupted_sets, published_sets
 from ares_lightning.models import Classifier, load_timm_weights, load_weights, make_classifier, make_defense
 from ares_lightning.models.defenses import Defense
+from ares_lightning.models.preprocessing import own_preprocessing
 from ares_lightning.models.weights import WHICH, no_such_weights, timm_name
 from ares_lightning.models.zoo import find_file
 from ares_lightning.training import AdversarialTraining, Objective, RobustTraining, StandardTraining
@@ -45,7 +58,7 @@ def section(prefix: str) -> Iterator[None]:
     """Turn a ValueError `key=value: …` raised inside into a ConfigError `prefix.key=value: …`."""
     try:
         yield
-    except ConfigError:
+    except (ConfigError, ImageError):
         raise
     except ValueError as error:
         raise ConfigError(f"{prefix}.{error}") from error
@@ -99,20 +112,56 @@ def build_threat(cfg: DictConfig) -> Threat:
         return Threat(cfg.threat.norm, parse_budget(cfg.threat.eps))
 
 
-def build_data(cfg: DictConfig) -> RobustDataModule:
-    """Build the data module of `data`; the data are looked at, not yet decoded."""
-    settings = {key: value for key, value in _plain(cfg.data).items() if key not in _DATA_FACTS}
+def build_data(cfg: DictConfig, *, training: bool) -> RobustDataModule:
+    """Build the data module of `data`; the data are looked at, not yet decoded.
+
+    training: whether training images are needed.
+    """
+    preprocessing = _preprocessing(cfg)
+    facts = _plain(cfg.data)
+    settings = {key: value for key, value in facts.items() if key not in _DATA_FACTS}
+    if training:
+        settings |= {"randaugment": cfg.aug.randaugment, "repeats": cfg.aug.repeats}
     with section("data"):
         try:
-            data = RobustDataModule(**settings, seed=cfg.seed)
+            data = RobustDataModule(
+                **settings,
+                seed=cfg.seed,
+                training=training,
+                preprocessing=preprocessing,
+                mean=tuple(facts["mean"]),
+            )
+        except ImageError:
+            raise
         except ValueError as error:  # names its key in full
             raise ConfigError(str(error)) from error
     cfg.data.num_classes = data.num_classes  # for the record, where it was null
     return data
 
 
-_DATA_FACTS = ("mean", "std", "threat", "epochs", "subset_after_training")
-"""Keys of `data` that the model, the threat model, the trainer and the evaluation take."""
+_DATA_FACTS = ("mean", "std", "threat", "epochs", "subset_after_training", "preprocess")
+"""Keys of `data` that the model, the threat model, the trainer, the evaluation and the preprocessing take."""
+
+PREPROCESS = ("model", "ares")
+ARES_IMG_SIZE = 224
+
+
+def _preprocessing(cfg: DictConfig) -> Preprocessing | None:
+    """Resolve `data.preprocess` and, where it is null, `data.img_size`; None where all images have one size."""
+    preprocess = cfg.data.get("preprocess")
+    if preprocess is None:
+        return None
+    if preprocess not in PREPROCESS:
+        raise ConfigError(f"data.preprocess={preprocess}: expected one of {', '.join(PREPROCESS)}")
+    own = None
+    if preprocess == "model":
+        with section("data"):
+            own = own_preprocessing(cfg.model.name, cfg.model.weights, cfg.model.key, cfg.data.img_size)
+    if own is None:
+        cfg.data.img_size = cfg.data.img_size or ARES_IMG_SIZE
+        return ares_preprocessing(cfg.data.img_size)
+    cfg.data.img_size = own.img_size
+    return Preprocessing(own.img_size, own.resize, own.interpolation, squash=own.squash)
 
 
 def build_classifier(cfg: DictConfig, num_classes: int) -> Classifier:
@@ -210,6 +259,8 @@ def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> Ro
     smoothing = cfg.aug.label_smoothing
     if not 0 <= smoothing < 1:
         raise ConfigError(f"aug.label_smoothing={smoothing}: expected a number from 0 to below 1")
+    with section("aug"):
+        augmentation = BatchAugmentation(cfg.aug.mixup, cfg.aug.cutmix, cfg.aug.erasing, seed=cfg.seed)
     return RobustTraining(
         net,
         num_classes=data.num_classes,
@@ -217,6 +268,7 @@ def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> Ro
         optim=optim,
         val_attack=val_attack,
         label_smoothing=smoothing,
+        augmentation=augmentation,
         seed=cfg.seed,
         config=_plain(cfg),
     )
@@ -224,7 +276,9 @@ def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> Ro
 
 def rehearse(module: RobustTraining, data: RobustDataModule) -> None:
     """Compute the loss on two training images, so that settings that do not go together show before the run."""
-    images, labels, sample_ids = collate([data.train_set[0], data.train_set[1]])
+    samples = (data.train_set[place] for place in range(len(data.train_set)))
+    readable = (sample for sample in samples if not isinstance(sample, Unreadable))
+    images, labels, sample_ids = collate(list(islice(readable, 2)))
     with section("adv"), torch.random.fork_rng([]):
         module.eval()
         module.loss(to_pixels(images), labels, sample_ids)
@@ -308,7 +362,7 @@ def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
     try:
         dataset = select_subset(data.test_set, cfg.subset)
         return Evaluation(
-            evaluators=build_evaluators(cfg),
+            evaluators=build_evaluators(cfg, data, dataset),
             threat=build_threat(cfg),
             dataset=dataset,
             loader=data.evaluation_loader,
@@ -323,18 +377,25 @@ def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
         raise ConfigError(str(error)) from error
 
 
-def build_evaluators(cfg: DictConfig) -> Sequence[Evaluator]:
-    """Build the evaluators of `eval`, in the order in which they are named."""
+def build_evaluators(cfg: DictConfig, data: RobustDataModule, dataset: ImageSet) -> Sequence[Evaluator]:
+    """Build the evaluators of `eval`, in the order in which they are named, for the test images `dataset`."""
     evaluators: list[Evaluator] = []
     for name, settings in _plain(cfg.get("eval")).items():
         kind = settings.pop("type", None)
-        if kind not in _EVALUATORS:
-            raise ConfigError(f"eval.{name}.type={kind}: expected clean, attack or curve")
+        if kind not in _EVALUATORS and kind not in _SETS:
+            raise ConfigError(f"eval.{name}.type={kind}: expected one of {', '.join([*_EVALUATORS, *_SETS])}")
         if "attack" in settings:
             settings["attack"] = _attack(f"eval.{name}.attack", settings["attack"])
         with section(f"eval.{name}"):
-            evaluators.append(_EVALUATORS[kind](name, **settings))
+            if kind in _SETS:
+                found = _SETS[kind](data, dataset, **settings)
+                evaluators.append(SetsEvaluator(name, *found, subset=settings.get("subset")))
+            else:
+                evaluators.append(_EVALUATORS[kind](name, **settings))
     return evaluators
+
+
+_SETS: dict[str, Callable[..., FoundSets]] = {"ood": published_sets, "corruptions": corrupted_sets}
 
 
 def _curve(name: str, attack: Attack, eps: Sequence[object] | None, mode: str, **settings: Any) -> Curve:

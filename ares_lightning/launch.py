@@ -39,7 +39,7 @@ from ares_lightning.build import (
     rehearse,
     take_weights,
 )
-from ares_lightning.data import ImageError
+from ares_lightning.data import VARIANTS, ImageError, RobustDataModule
 from ares_lightning.evaluation.curves import Curve
 from ares_lightning.evaluation.report import write_report
 from ares_lightning.evaluation.run import Evaluation, model_fingerprint
@@ -51,6 +51,14 @@ from ares_lightning.models.weights import trained_weights
 PACKAGE = Path(__file__).parent
 CONFIG_DIR = next((path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()), PACKAGE)
 """The shipped configs: inside an installed package, beside it in a checkout."""
+
+for _variant in VARIANTS.values():
+    _own_root = {} if _variant.is_of_validation else {"root": None}
+    ConfigStore.instance().store(
+        group="data",
+        name=_variant.key,
+        node={"defaults": [_variant.network, "_self_"], "name": _variant.key, **_own_root},
+    )
 
 for _model in ZOO.values():
     _node = {"defaults": ["/model/timm@_here_", "_self_"], **_model.config()}
@@ -78,7 +86,7 @@ def train(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
         check_keys(cfg)
         average_over_draws(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
-        data = build_data(cfg)
+        data = build_data(cfg, training=True)
         net = build_classifier(cfg, data.num_classes)
         module = build_module(cfg, net, data)
         evaluation = build_evaluation(cfg, data)
@@ -113,7 +121,7 @@ def train(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
     if best.exists():
         load_network(net, trained_weights(read_checkpoint(best), best, cfg.weights), best)
     if evaluation.evaluators:
-        metrics |= _evaluate(evaluation, net, run_dir, module.device)
+        metrics |= _evaluate(evaluation, data, net, run_dir, module.device)
     for logger in trainer.loggers:
         logger.finalize("success")
     return metrics
@@ -135,7 +143,7 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
         average_over_draws(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         device = build_device(cfg.device)
-        data = build_data(cfg)
+        data = build_data(cfg, training=False)
         net = build_classifier(cfg, data.num_classes)
         evaluation = build_evaluation(cfg, data)
         if path is None:
@@ -145,7 +153,7 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
         run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / str(cfg.name) / evaluation.fingerprint(net))
         _check_evaluation_folder(run_dir, net)
     _write_config(cfg, run_dir)
-    return _evaluate(evaluation, net, run_dir, device)
+    return _evaluate(evaluation, data, net, run_dir, device)
 
 
 def _take_over(cfg: DictConfig, config: Any, overrides: tuple[str, ...]) -> None:
@@ -169,26 +177,41 @@ def _take_published(cfg: DictConfig, net: Classifier) -> None:
     print(taken)
 
 
-def _evaluate(evaluation: Evaluation, net: torch.nn.Module, run_dir: Path, device: torch.device) -> Metrics:
+def _evaluate(
+    evaluation: Evaluation, data: RobustDataModule, net: torch.nn.Module, run_dir: Path, device: torch.device
+) -> Metrics:
     covered, classes = len(set(evaluation.dataset.labels.tolist())), len(evaluation.dataset.classes)
     if covered < classes:
         print(f"subset={evaluation.subset}: holds {covered} of {classes} classes; random:n@seed draws from all")
+    for key in evaluation.not_found:
+        print(f"not found: {VARIANTS[key].title} ({key})")
     try:
         summary = evaluation.run(net, run_dir, device)
+    except ImageError:
+        raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    evaluation.write_about(run_dir, data.skipped)
+    if data.skipped:
+        print(f"skipped: {len(data.skipped)} images that cannot be used, listed in {run_dir / 'about.json'}")
     report = write_report([run_dir], run_dir / "report.html")
     curves = {evaluator.name for evaluator in evaluation.evaluators if isinstance(evaluator, Curve)}
-    shown = [row for row in summary if row["evaluator"] not in curves]
-    for row in shown:
+    of_sets = {evaluator.name for evaluator in evaluation.evaluators if evaluator.own_sets}
+    metrics = {}
+    for row in summary:
+        is_cell = row["evaluator"] in of_sets and row["set"].count("/") == 2
+        if row["evaluator"] in curves or is_cell:
+            continue
         eps = "any budget" if row["eps"] is None else f"{row['eps']:.4g}"
         budget = "" if row["norm"] is None else f" ({row['norm']} {eps})"
+        name = f"{row['evaluator']}/{row['set']}" if row["evaluator"] in of_sets else row["evaluator"]
         print(
-            f"{row['evaluator']:>12}: {row['metric'].replace('_', ' ')}{budget} {row['value']:.1%} "
+            f"{name:>12}: {row['metric'].replace('_', ' ')}{budget} {row['value']:.1%} "
             f"[{row['low']:.1%}, {row['high']:.1%}], n = {row['n']}"
         )
+        metrics[f"{name}/{row['metric']}"] = row["value"]
     print(f"report: {report}")
-    return {f"{row['evaluator']}/{row['metric']}": row["value"] for row in shown}
+    return metrics
 
 
 def train_main() -> None:

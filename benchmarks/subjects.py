@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ares_lightning.attacks import make_attack
-from ares_lightning.data import ImageSet, load_image_sets
-from ares_lightning.data.datasets import FolderSource
+from ares_lightning.data import ImageSet, Wishes, load_image_sets
 from ares_lightning.data.keyed import stratified_split
+from ares_lightning.data.sources import class_folders, source_of_folders
 from ares_lightning.models import Classifier, load_network, make_classifier
 from ares_lightning.models.folding import fold_batchnorm
 
@@ -67,7 +67,7 @@ def make_subject(
         num_classes, eps, name = 10, CIFAR_EPS if eps is None else eps, f"{kind} ResNet-20 ({weights.name})"
     else:
         eps = DIGITS_EPS if eps is None else eps
-        sets = load_image_sets("digits", None, img_size=8, in_chans=1, num_val=180, split_seed=0, seed=seed)
+        sets = load_image_sets("digits", None, Wishes(img_size=8, in_chans=1, num_val=180, seed=seed))
         torch.manual_seed(seed)
         network = make_classifier("cnn", in_chans=1, num_classes=10, img_size=8, mean=[0.305], std=[0.376])
         _train(network, *_tensors(sets.train), eps if kind == "robust" else None, epochs)
@@ -143,8 +143,10 @@ def _load_resnet20(path: Path) -> ResNet20:
 
 def _read_folder(folder: Path, num_images: int, seed: int) -> tuple[Tensor, Tensor]:
     """Pick images of `folder/<class>/` in equal shares."""
-    source = FolderSource("images", folder.resolve().parent, folder.resolve().name)
-    picked = stratified_split(source.labels, num_images, "benchmark", seed)[0]
+    folders = class_folders(folder)
+    classes = [found.name for found in folders]
+    source = source_of_folders("images", folder, folders, classes, {name: i for i, name in enumerate(classes)})
+    picked = stratified_split(source.labels.labels, num_images, "benchmark", seed)[0]
     return _tensors(ImageSet(source, picked, in_chans=3))
 
 

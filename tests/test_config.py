@@ -16,6 +16,7 @@ from ares_lightning.launch import CONFIG_DIR
 
 NORMS = {row.name: row.norms for row in list_attacks()}
 L2_ONLY = [name for name, norms in NORMS.items() if norms == ("l2",)]
+NO_ATTACK = ("quick", "attack", "clean", "ood", "corruptions")
 GENERATOR = ["attack.generator=weights.pt"]
 
 
@@ -29,7 +30,7 @@ def choices(group: str) -> list[str]:
 
 
 def only_evaluator(*overrides: str):
-    (evaluator,) = build.build_evaluators(composed(*overrides))
+    (evaluator,) = build.build_evaluators(composed(*overrides), None, None)
     return evaluator
 
 
@@ -63,7 +64,7 @@ def test_attacks_that_know_only_l2_say_what_they_take_for_a_budget():
     assert only_evaluator("eval=[attack]", "attack=cw", *threat, "attack.eps=0.5").attack.threat.eps == 0.5
 
 
-@pytest.mark.parametrize("name", [name for name in choices("eval") if name not in ("quick", "attack", "clean")])
+@pytest.mark.parametrize("name", [name for name in choices("eval") if name not in NO_ATTACK])
 def test_an_evaluators_config_holds_every_setting_of_its_attack(name):
     config = OmegaConf.load(CONFIG_DIR / "eval" / f"{name}.yaml")
     assert list(config) == [name]
@@ -116,7 +117,10 @@ MISTAKES = [
     (["eval=[curve_ares]", "eval.curve_ares.doublings=0"], "eval.curve_ares.doublings=0: expected a whole number"),
     (["eval=[curve]", "eval.curve.eps=[0.2,0.1]"], "eval.curve.eps=.*: expected a rising list"),
     (["eval=[pgd20]", "+eval.pgd20.speed=1"], "eval.pgd20.speed: no such key"),
-    (["eval=[pgd20]", "eval.pgd20.type=fast"], "eval.pgd20.type=fast: expected clean, attack or curve"),
+    (
+        ["eval=[pgd20]", "eval.pgd20.type=fast"],
+        "eval.pgd20.type=fast: expected one of clean, attack, curve",
+    ),
     (["eval=[autoattack]", "eval.autoattack.attack.version=fast"], "eval.autoattack.attack.version=fast"),
 ]
 
@@ -124,4 +128,4 @@ MISTAKES = [
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=lambda value: str(value)[:40])
 def test_a_setting_that_makes_no_sense_is_named_with_its_key(overrides, message):
     with pytest.raises(build.ConfigError, match=message):
-        build.build_evaluators(composed(*overrides))
+        build.build_evaluators(composed(*overrides), None, None)

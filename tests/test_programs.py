@@ -76,7 +76,8 @@ def test_adversarial_training_gains_robustness(trained, tmp_path):
 def test_a_run_folder_holds_what_the_design_says(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
-        "config.yaml", "checkpoints", "metrics.csv", "verdicts", "summary.json", "report.html", "examples.npz"
+        "config.yaml", "checkpoints", "metrics.csv", "verdicts", "summary.json", "about.json", "report.html",
+        "examples.npz",
     }  # fmt: skip
     assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     metrics = pd.read_csv(trained / "metrics.csv")
@@ -173,9 +174,13 @@ def test_every_choice_composes_and_builds(group, choice, tmp_path):
     choice = f"[{choice}]" if listed else choice
     extra = {"wandb": ["logger.offline=true"], "cda": ["attack.generator=weights.pt"]}.get(choice, [])
     cfg = composed("train", f"{group}={choice}", f"run_dir={tmp_path}", *extra)
-    data = build.build_data(cfg)
+    data = build.build_data(cfg, training=True)
     build.build_module(cfg, build.build_classifier(cfg, data.num_classes), data)
-    build.build_evaluation(cfg, data)
+    if choice == "[ood]":
+        with pytest.raises(build.ConfigError, match=r"no out-of-distribution sets are known for data\.name=digits"):
+            build.build_evaluation(cfg, data)
+    else:
+        build.build_evaluation(cfg, data)
     gpu = group == "trainer" and choice in ("gpu", "ddp")
     if not gpu or torch.cuda.is_available():
         build.build_trainer(cfg, tmp_path)
@@ -185,7 +190,7 @@ def test_every_choice_composes_and_builds(group, choice, tmp_path):
 def test_every_model_composes_and_builds(choice):
     extra = ["model.name=resnet26"] if choice == "timm" else []
     cfg = composed("train", f"model={choice}", *extra)
-    data = build.build_data(cfg)
+    data = build.build_data(cfg, training=True)
     with torch.device("meta"):
         assert build.build_classifier(cfg, data.num_classes)
     assert cfg.trainer.max_epochs >= 1
@@ -194,7 +199,7 @@ def test_every_model_composes_and_builds(choice):
 @pytest.mark.parametrize("choice", choices("experiment"))
 def test_every_experiment_composes_and_names_its_command(choice):
     cfg = composed("train", f"experiment={choice}")
-    data = build.build_data(cfg)
+    data = build.build_data(cfg, training=True)
     build.build_module(cfg, build.build_classifier(cfg, data.num_classes), data)
     assert f"python train.py experiment={choice}" in (CONFIG_DIR / "experiment" / f"{choice}.yaml").read_text()
 

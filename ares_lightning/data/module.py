@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
 
-from ares_lightning.data.datasets import ImageSet, load_image_sets
-from ares_lightning.data.loading import Batch, ShardedSampler, collate
+from ares_lightning.data.datasets import ImageSet
+from ares_lightning.data.images import Preprocessing
+from ares_lightning.data.loading import Batch, ImageLoader, ShardedSampler
+from ares_lightning.data.published import Wishes, load_image_sets
+from ares_lightning.data.variants import VARIANTS
 
 
 class RobustDataModule(L.LightningDataModule):
     """Training, validation and test set of one data set, as batches of uint8 images in canonical sample ids.
 
     `train_set`, `val_set` and `test_set` are there after construction, and so are mistakes: folders are
-    scanned and one image is decoded; the rest is decoded when it is asked for. `batch_size` and
-    `eval_batch_size` count the images of one rank. `num_val` training images are held out as `val_set` to
-    choose checkpoints by; the test set never is. `split_seed` draws the splits, `seed` the training order
-    and the augmentation. `num_classes` is taken from the data.
+    scanned and one image is decoded; the rest is decoded when it is asked for. Without `training`, only the test
+    images are looked for. `batch_size` and `eval_batch_size` count the images of one rank. `num_val` training
+    images are held out as `val_set` to choose checkpoints by; the test set never is. `split_seed` draws the
+    splits, `seed` the training order and the augmentation. `num_classes`, the number of outputs that a network
+    needs, is taken from the data. `network` is the data set whose classes a network must know. `repeats` is that
+    of repeated augmentation. With `on_error="skip"`, images that cannot be used are left out; `skipped` tells why,
+    by sample name. The others are as `Wishes` has them.
 
     Raises ValueError naming the key, its value and the remedy.
     """
@@ -40,45 +45,86 @@ class RobustDataModule(L.LightningDataModule):
         num_val: int,
         split_seed: int = 0,
         seed: int = 0,
+        training: bool = True,
+        preprocessing: Preprocessing | None = None,
+        randaugment: str | None = None,
+        repeats: int = 1,
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        corruption: str | None = None,
+        severity: int | None = None,
+        on_error: str = "raise",
     ) -> None:
         super().__init__()
-        _check_at_least(
-            1, img_size=img_size, batch_size=batch_size, eval_batch_size=eval_batch_size, num_val=num_val
-        )
+        _check_at_least(1, img_size=img_size, batch_size=batch_size, eval_batch_size=eval_batch_size)
         _check_at_least(0, num_workers=num_workers)
+        if training:
+            _check_at_least(1, num_val=num_val)
+        if type(repeats) is not int or repeats < 1:
+            raise ValueError(f"aug.repeats={repeats}: must be a whole number, 1 or more")
         if in_chans not in (1, 3):
             raise ValueError(f"data.in_chans={in_chans}: must be 1 (grey) or 3 (RGB)")
-        self.train_set, self.val_set, self.test_set = load_image_sets(
-            name, root, img_size=img_size, in_chans=in_chans, num_val=num_val, split_seed=split_seed, seed=seed
+        self.wishes = Wishes(
+            img_size=img_size,
+            in_chans=in_chans,
+            num_val=num_val,
+            split_seed=split_seed,
+            seed=seed,
+            training=training,
+            preprocessing=preprocessing,
+            randaugment=randaugment,
+            mean=mean,
+            corruption=corruption,
+            severity=severity,
+            on_error=on_error,
         )
-        self.classes = self.train_set.classes
-        self.num_classes = len(self.classes)
+        self._train_set, self._val_set, self.test_set = load_image_sets(name, root, self.wishes)
+        if training and self._train_set is None:
+            raise ValueError(f"data.name={name}: has no training images; evaluate.py takes it")
+        self.classes = self.test_set.classes
+        self.num_classes = self.test_set.source.labels.num_outputs
         if num_classes not in (None, self.num_classes):
             raise ValueError(
                 f"data.num_classes={num_classes}: {name} has {self.num_classes} classes here; "
                 f"set data.num_classes={self.num_classes} or null"
             )
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.seed = seed
-        self.train_set[0]  # an image of another size than the model's is better found now
+        self.seed, self.repeats = seed, repeats
+        self.skipped: dict[str, str] = {}
+        self.root = None if root is None else Path(root).expanduser()
+        self.network = VARIANTS[name].network if name in VARIANTS else name
+        (
+            self._train_set or self.test_set
+        ).example()  # an image of another size than the model's is better found now
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    @property
+    def train_set(self) -> ImageSet:
+        """The training images; there are none where only test images were looked for."""
+        assert self._train_set is not None
+        return self._train_set
+
+    @property
+    def val_set(self) -> ImageSet:
+        """The images held out from the training images."""
+        assert self._val_set is not None
+        return self._val_set
+
+    def train_dataloader(self) -> ImageLoader:
         """Load this rank's share of the training set, augmented, in an order that changes with the epoch."""
-        sampler = self._sampler(self.train_set, shuffle=True)
+        sampler = self._sampler(self.train_set, shuffle=True, repeats=self.repeats)
         return self._loader(self.train_set, sampler, self.batch_size, drop_last=len(sampler) > self.batch_size)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> ImageLoader:
         """Load this rank's share of the validation set, each sample on one rank only."""
         sampler = self._sampler(self.val_set, shuffle=False)
         return self._loader(self.val_set, sampler, self.eval_batch_size)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> ImageLoader:
         """Load this rank's share of the test set, each sample on one rank only."""
         return self._loader(self.test_set, self._sampler(self.test_set, shuffle=False), self.eval_batch_size)
 
     def evaluation_loader(
         self, dataset: ImageSet, *, skip: Collection[int] = (), batch_size: int | None = None
-    ) -> DataLoader[Any]:
+    ) -> ImageLoader:
         """Load all of `dataset` on this process, in canonical order, without the sample ids in `skip`."""
         done = set(skip)
         positions = [i for i, sample_id in enumerate(dataset.sample_ids.tolist()) if sample_id not in done]
@@ -89,23 +135,20 @@ class RobustDataModule(L.LightningDataModule):
         images, labels, sample_ids = batch
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True), sample_ids
 
-    def _sampler(self, dataset: ImageSet, *, shuffle: bool) -> ShardedSampler:
+    def _sampler(self, dataset: ImageSet, *, shuffle: bool, repeats: int = 1) -> ShardedSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return ShardedSampler(len(dataset), shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size)
+        return ShardedSampler(
+            len(dataset), shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size, repeats=repeats
+        )
 
-    def _loader(
-        self, dataset: ImageSet, sampler: Iterable[Any], batch_size: int, drop_last: bool = False
-    ) -> DataLoader[Any]:
-        return DataLoader(
+    def _loader(self, dataset: ImageSet, sampler: Any, batch_size: int, drop_last: bool = False) -> ImageLoader:
+        return ImageLoader(
             dataset,
             batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=collate,
             drop_last=drop_last,
-            pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # else each new iterator would draw from the global random state
+            skipped=self.skipped,
         )
 
 

@@ -17,6 +17,7 @@ from ares_lightning.attacks import Attack, Outcome
 from ares_lightning.attacks.guard import full_precision, guarded
 from ares_lightning.attacks.noise import sample_noise
 from ares_lightning.attacks.passes import Passes, predict
+from ares_lightning.data import ImageSet
 
 TARGETS = ("random", "least_likely")
 
@@ -40,6 +41,8 @@ class Evaluator(ABC):
     """A named question; `name` stands in every row that it yields."""
 
     name: str
+    subset: str | None = field(default=None, kw_only=True)
+    """How the images of `own_sets` were chosen, for the record."""
 
     def fingerprint(self, seed: int, precision: str) -> str:
         """Return a hash of everything that decides this evaluator's verdicts on a given model and sample."""
@@ -55,8 +58,18 @@ class Evaluator(ABC):
         """The fingerprint of the attack that is run, None where there is none."""
         return None
 
-    def check(self, labels: Tensor, sample_ids: Tensor) -> None:  # noqa: B027
-        """Raise ValueError for samples that the question cannot be asked about, before any is."""
+    @property
+    def own_sets(self) -> tuple[ImageSet, ...]:
+        """The sets that are asked about instead of the evaluation's, none where it is that."""
+        return ()
+
+    def check(self, dataset: ImageSet) -> None:
+        """Raise ValueError for a set that the question cannot be asked about, before any sample is."""
+        if dataset.has_several_labels:
+            raise ValueError(
+                f"eval.{self.name}: the images of {dataset.name} have several right classes; it knows clean "
+                "accuracy only"
+            )
 
     @abstractmethod
     def verdicts(
@@ -72,11 +85,31 @@ class Evaluator(ABC):
 class CleanEvaluator(Evaluator):
     """Is the clean image classified rightly?"""
 
+    def check(self, dataset: ImageSet) -> None:
+        """Ask about every set."""
+
     def verdicts(
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
     ) -> Iterator[Verdicts]:
         """Yield the clean predictions as verdicts at budget 0 (1 F)."""
         yield Verdicts("none", None, 0.0, clean_outcome(net, images, labels, sample_ids, seed, passes))
+
+
+@dataclass(frozen=True)
+class SetsEvaluator(CleanEvaluator):
+    """Are the images of other sets classified rightly, corrupted ones or out-of-distribution ones?
+
+    sets: asked in this order; the first is the data's own test set, undisturbed.
+    not_found: sets that were looked for and are not there, for the record.
+    """
+
+    sets: tuple[ImageSet, ...] = field(repr=False, compare=False)
+    not_found: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def own_sets(self) -> tuple[ImageSet, ...]:
+        """The sets."""
+        return self.sets
 
 
 class _TargetFile:
@@ -147,10 +180,11 @@ class AttackEvaluator(Evaluator):
         """Return what, besides the attack, tells the evaluator from others; of a file the content counts."""
         return repr(self) if self.given is None else f"{self.name} {self.given.digest}"
 
-    def check(self, labels: Tensor, sample_ids: Tensor) -> None:
+    def check(self, dataset: ImageSet) -> None:
         """Raise ValueError for a sample that the file of targets lacks, or whose own label it gives."""
+        super().check(dataset)
         if self.given is not None:
-            self.given.of(labels, sample_ids)
+            self.given.of(dataset.labels, dataset.sample_ids)
 
     def verdicts(
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,7 +13,7 @@ from ares_lightning.attacks import Threat
 WORST_CASE = "worst_case"
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Return the Wilson score interval of a share, 95 % by default (Wilson 1927, equation 1)."""
     if n == 0:
         return 0.0, 1.0
@@ -24,9 +24,16 @@ def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tup
 
 
 def summarise(
-    verdicts: pd.DataFrame, evaluators: Sequence[str], threat: Threat, subset: str | None
+    verdicts: pd.DataFrame,
+    order: Sequence[tuple[str, str]],
+    threat: Threat,
+    main: str,
+    subsets: Mapping[str, str | None],
 ) -> list[dict[str, Any]]:
-    """Return one row an accuracy: of every evaluator and budget, then the per-sample worst case.
+    """Return one row an accuracy: of every evaluator, set and budget, then the per-sample worst case.
+
+    order: evaluators and sets, in the order of the rows; main: the set of the worst case; subsets: how the images
+    of a set were chosen, by its name.
 
     Misclassified clean images count as not robust. Where a targeted attack aimed at one class a sample, robust
     means that this class was not reached; the metric is `targeted_robust_accuracy`. `eps` None is no budget. The
@@ -35,21 +42,21 @@ def summarise(
     targeted ones was run.
     """
     rows = []
-    order = {name: place for place, name in enumerate(evaluators)}
-    keys = verdicts[["evaluator", "attack", "eps"]].drop_duplicates().itertuples(index=False, name=None)
-    for evaluator, attack, eps in sorted(keys, key=lambda key: (order[key[0]], key[2])):
-        columns = verdicts["evaluator"], verdicts["attack"], verdicts["eps"]
-        group = verdicts[(columns[0] == evaluator) & (columns[1] == attack) & (columns[2] == eps)]
-        norm = group["norm"].iloc[0]
+    place = {question: number for number, question in enumerate(order)}
+    keys = ["evaluator", "set", "attack", "eps"]
+    groups: dict[Any, pd.DataFrame] = dict(iter(verdicts.groupby(keys, sort=False)))
+    for key in sorted(groups, key=lambda key: (place[key[:2]], key[3])):
+        (evaluator, of_set, attack, eps), group = key, groups[key]
         metric = "clean_accuracy" if attack == "none" else "robust_accuracy"
         if group["target"].notna().any():
             metric = "targeted_robust_accuracy"
-        rows.append(_row(evaluator, metric, ~group["broken"], group, subset, attack, norm, eps))
-    within = verdicts[(verdicts["norm"] == threat.norm) & (verdicts["eps"] <= threat.eps * (1 + 1e-9))]
+        rows.append(_row(evaluator, metric, ~group["broken"], group, subsets.get(of_set), attack, eps))
+    here = verdicts[verdicts["set"] == main]
+    within = here[(here["norm"] == threat.norm) & (here["eps"] <= threat.eps * (1 + 1e-9))]
     untargeted = within[within["target"].isna()]
     if len(untargeted[untargeted["eps"] > 0]) or (threat.eps == 0 and len(untargeted)):
         robust = ~within.groupby("sample_id")["broken"].any()
-        rows.append(_row(WORST_CASE, "robust_accuracy", robust, within, subset, None, threat.norm, threat.eps))
+        rows.append(_row(WORST_CASE, "robust_accuracy", robust, within, subsets.get(main), None, threat.eps))
     return rows
 
 
@@ -60,11 +67,11 @@ def _row(
     group: pd.DataFrame,
     subset: str | None,
     attack: str | None,
-    norm: str | None,
     eps: float,
 ) -> dict[str, Any]:
     n, successes = len(right), int(right.sum())
     fingerprint = None if attack is None else group["attack_fingerprint"].iloc[0]
+    norm = group["norm"].iloc[0]
     low, high = wilson_interval(successes, n)
     return {
         "evaluator": evaluator,

@@ -6,22 +6,24 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ares_lightning.attacks import Threat
 from ares_lightning.attacks.passes import Passes
-from ares_lightning.data import Batch, ImageSet
-from ares_lightning.evaluation.evaluators import Evaluator, Verdicts
+from ares_lightning.data import Batch, ImageSet, subset_hash
+from ares_lightning.evaluation.corruption_error import corruption_rows
+from ares_lightning.evaluation.evaluators import Evaluator, SetsEvaluator, Verdicts
 from ares_lightning.evaluation.metrics import summarise
 from ares_lightning.evaluation.verdicts import Ledger
+from ares_lightning.models import ClassAnswers
 from ares_lightning.models.folding import fold_batchnorm
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -60,9 +62,51 @@ class Evaluation:
 
     def fingerprint(self, net: nn.Module) -> str:
         """Return a hash of the model, the set and every question: equal for the same evaluation."""
-        parts = [evaluator.fingerprint(self.seed, self.precision) for evaluator in self.evaluators]
+        parts = [self._fingerprint(evaluator, dataset) for evaluator, dataset in self.questions]
+        parts += [str(len(dataset)) for _, dataset in self.questions]
         parts += [model_fingerprint(net), self._set_fingerprint(), str(self.subset), str(self.threat)]
         return hashlib.blake2b(" ".join(parts).encode(), digest_size=6).hexdigest()
+
+    @property
+    def questions(self) -> list[tuple[Evaluator, ImageSet]]:
+        """Every evaluator with every set that it is asked about."""
+        return [
+            (evaluator, dataset)
+            for evaluator in self.evaluators
+            for dataset in evaluator.own_sets or (self.dataset,)
+        ]
+
+    @property
+    def not_found(self) -> tuple[str, ...]:
+        """Keys of the out-of-distribution sets that were looked for and are not there."""
+        found = [evaluator.not_found for evaluator in self.evaluators if isinstance(evaluator, SetsEvaluator)]
+        return tuple(key for keys in found for key in keys)
+
+    def write_about(self, run_dir: Path, skipped: Mapping[str, str]) -> None:
+        """Write `about.json`: which images were asked about and how they were prepared, and what was left out.
+
+        skipped: why images could not be used, by sample name.
+        """
+        sets = {dataset.name: dataset for _, dataset in self.questions}
+        about = {
+            "sets": [
+                {
+                    "set": dataset.name,
+                    "n": len(dataset),
+                    "names_hash": subset_hash(dataset),
+                    "preparation": dataset.preparation,
+                }
+                for dataset in sets.values()
+            ],
+            "not_found": list(self.not_found),
+            "skipped": dict(skipped),
+        }
+        write_json(run_dir / "about.json", about)
+
+    def _fingerprint(self, evaluator: Evaluator, dataset: ImageSet) -> str:
+        """Return a hash of everything that decides a verdict on a given model and sample."""
+        parts = f"{evaluator.fingerprint(self.seed, self.precision)} {dataset.name} {dataset.preparation}"
+        return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
 
     def _set_fingerprint(self) -> str:
         """Return a hash of which images are asked about, and of the first of them as the network sees it."""
@@ -70,7 +114,7 @@ class Evaluation:
         names = [self.dataset.sample_name(sample_id) for sample_id in ids]
         digest = hashlib.blake2b(repr((self.dataset.name, ids, names)).encode(), digest_size=8)
         digest.update(self.dataset.labels.numpy().tobytes())
-        digest.update(self.dataset[0][0].numpy().tobytes())
+        digest.update(self.dataset.example().numpy().tobytes())
         return digest.hexdigest()
 
     def run(self, net: nn.Module, run_dir: Path, device: torch.device) -> list[dict[str, Any]]:
@@ -81,69 +125,110 @@ class Evaluation:
         `examples.npz` and `summary.json`. A run that was stopped goes on where it was; verdicts of other models, as
         of an earlier stage of the same training, stay in the table and do not count.
         """
-        for evaluator in self.evaluators:
-            evaluator.check(self.dataset.labels, self.dataset.sample_ids)
+        for evaluator, dataset in self.questions:
+            evaluator.check(dataset)
         fingerprint = model_fingerprint(net)
         ledger = Ledger(run_dir / "verdicts")
         known = self._asked(ledger.read(), fingerprint)
-        channels, height, width = self.dataset[0][0].shape
+        channels, height, width = self.dataset.example().shape
         folded = fold_batchnorm(net.eval().to(device, PRECISIONS[self.precision]), (channels, height, width))
-        search_on = torch.compile(folded.network, dynamic=True) if self.compile else folded.network
-        precision = "bf16" if self.precision == "bf16" else "fp32"
-        passes = Passes(self.batch_size, precision, self.eot, None if search_on is net else search_on)
+        search_on: nn.Module = folded.network
+        if self.compile:
+            search_on = torch.compile(search_on, dynamic=True)  # type: ignore[assignment]
         examples = _Examples(self.dataset.classes)
         with _progress() as progress:
             if folded.num_folded or folded.kept:
                 progress.console.print(f"for the search, {folded}", highlight=False)
-            for evaluator in self.evaluators:
-                self._ask(evaluator, net, passes, ledger, known, examples, progress, device, fingerprint)
+            tasks = {
+                evaluator.name: progress.add_task(
+                    evaluator.name, total=sum(map(len, evaluator.own_sets or (self.dataset,))), accuracy=""
+                )
+                for evaluator in self.evaluators
+            }
+            for evaluator, dataset in self.questions:
+                asked, searched = _answering(net, dataset), _answering(search_on, dataset)
+                precision = "bf16" if self.precision == "bf16" else "fp32"
+                passes = Passes(self.batch_size, precision, self.eot, None if search_on is net else searched)
+                self._ask(
+                    evaluator,
+                    dataset,
+                    asked,
+                    passes,
+                    ledger,
+                    known,
+                    examples,
+                    progress,
+                    tasks[evaluator.name],
+                    device,
+                    fingerprint,
+                )
                 examples.write(run_dir / "examples.npz")
-        current = {evaluator.fingerprint(self.seed, self.precision) for evaluator in self.evaluators}
         verdicts = self._asked(ledger.read(), fingerprint)
-        verdicts = verdicts[verdicts["evaluator_fingerprint"].isin(current)]
-        summary = summarise(verdicts, [e.name for e in self.evaluators], self.threat, self.subset)
+        main = self.dataset.name
+        subsets = {dataset.name: evaluator.subset for evaluator, dataset in self.questions if evaluator.own_sets}
+        subsets[main] = self.subset
+        summary = summarise(verdicts, self._order, self.threat, main, subsets)
+        for evaluator in self.evaluators:
+            if isinstance(evaluator, SetsEvaluator):
+                own = verdicts[verdicts["evaluator"] == evaluator.name]
+                summary += corruption_rows(evaluator.name, own, evaluator.subset)
         write_json(run_dir / "summary.json", summary)
         return summary
 
+    @property
+    def _order(self) -> list[tuple[str, str]]:
+        """The names of evaluators and sets, in the order in which results are listed."""
+        return [(evaluator.name, dataset.name) for evaluator, dataset in self.questions]
+
     def _asked(self, rows: pd.DataFrame, model: str) -> pd.DataFrame:
-        """Return the rows about this model and these samples."""
-        of_samples = rows["sample_id"].isin(self.dataset.sample_ids.tolist()) & (rows["set"] == self.dataset.name)
-        return rows[of_samples & (rows["model_fingerprint"] == model)]
+        """Return the rows that answer this evaluation's questions about this model."""
+        rows = rows[rows["model_fingerprint"] == model]
+        answers = [
+            rows[
+                (rows["evaluator_fingerprint"] == self._fingerprint(evaluator, dataset))
+                & rows["sample_id"].isin(dataset.sample_ids.tolist())
+            ]
+            for evaluator, dataset in self.questions
+        ]
+        return pd.concat([rows.iloc[:0], *answers])
 
     def _ask(
         self,
         evaluator: Evaluator,
+        dataset: ImageSet,
         net: nn.Module,
         passes: Passes,
         ledger: Ledger,
         known: pd.DataFrame,
         examples: _Examples,
         progress: Progress,
+        task: TaskID,
         device: torch.device,
         fingerprint: str,
     ) -> None:
         """Put one evaluator's verdicts on the undecided samples into the ledger, a part a batch."""
-        own = evaluator.fingerprint(self.seed, self.precision)
+        own = self._fingerprint(evaluator, dataset)
         shared = {
             "evaluator": evaluator.name,
             "evaluator_fingerprint": own,
             "model_fingerprint": fingerprint,
             "attack_fingerprint": evaluator.attack_fingerprint,
+            "set": dataset.name,
         }
         decided = known[known["evaluator_fingerprint"] == own]
-        task = progress.add_task(
-            evaluator.name, total=len(self.dataset), completed=decided["sample_id"].nunique(), accuracy=""
-        )
+        progress.update(task, advance=decided["sample_id"].nunique())
         robust = seen = 0
         packs = self.loader(
-            self.dataset, skip=decided["sample_id"].unique().tolist(), batch_size=NUM_PACKED * self.batch_size
+            dataset, skip=decided["sample_id"].unique().tolist(), batch_size=NUM_PACKED * self.batch_size
         )
         for images, labels, sample_ids in packs:
             pixels = images.to(device).to(PRECISIONS[self.precision]).div_(255)
             answers = list(evaluator.verdicts(net, pixels, labels.to(device), sample_ids, self.seed, passes))
-            rows = [self._rows(shared, answer, labels, sample_ids) for answer in answers]
+            if dataset.has_several_labels:
+                answers = [_by_any_label(answer, dataset, sample_ids) for answer in answers]
+            names = [dataset.sample_name(int(i)) for i in sample_ids]
+            rows = [self._rows(shared, answer, labels, sample_ids, names) for answer in answers]
             ledger.append(pd.concat(rows, ignore_index=True))
-            names = [self.dataset.sample_name(int(i)) for i in sample_ids]
             for answer in answers:
                 if answer.attack != "noise" and Threat(str(answer.norm), answer.eps) == self.threat:
                     examples.add(answer, pixels, labels, names)
@@ -152,15 +237,19 @@ class Evaluation:
             progress.update(task, advance=len(images), accuracy=f"{robust / seen:.1%}")
 
     def _rows(
-        self, shared: Mapping[str, str | None], answer: Verdicts, labels: Tensor, sample_ids: Tensor
+        self,
+        shared: Mapping[str, str | None],
+        answer: Verdicts,
+        labels: Tensor,
+        sample_ids: Tensor,
+        names: Sequence[str],
     ) -> pd.DataFrame:
         outcome = answer.outcome
         return pd.DataFrame(
             {
                 **shared,
-                "set": self.dataset.name,
                 "sample_id": sample_ids.numpy(),
-                "sample_name": [self.dataset.sample_name(int(i)) for i in sample_ids],
+                "sample_name": names,
                 "label": labels.numpy(),
                 "clean_prediction": outcome.clean_prediction.cpu().numpy(),
                 "adversarial_prediction": outcome.adversarial_prediction.cpu().numpy(),
@@ -176,6 +265,17 @@ class Evaluation:
                 "backwards": outcome.backwards.cpu().numpy(),
             }
         )
+
+
+def _answering(net: nn.Module, dataset: ImageSet) -> nn.Module:
+    """Return a network that answers among the classes of the set."""
+    return net if dataset.outputs is None else ClassAnswers(net, dataset.outputs)
+
+
+def _by_any_label(answer: Verdicts, dataset: ImageSet, sample_ids: Tensor) -> Verdicts:
+    """Return clean verdicts on samples that have several right classes."""
+    right = dataset.is_right(answer.outcome.clean_prediction, sample_ids)
+    return replace(answer, outcome=replace(answer.outcome, broken=~right))
 
 
 class _Examples:
@@ -231,7 +331,7 @@ def model_fingerprint(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, content: Sequence[Mapping[str, Any]]) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is there as a whole or not at all."""
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")

@@ -91,6 +91,40 @@ class Classifier(nn.Module):
         return logits
 
 
+class ClassAnswers(nn.Module):
+    """A network that answers among the classes of a set: the largest of the outputs that stand for a class counts.
+
+    outputs: int64 [outputs of the network], the class of each, −1 for those that do not count; every class has one.
+
+    Raises ValueError in the forward pass for a network with another number of outputs.
+    """
+
+    outputs: Tensor
+    chosen: Tensor
+    classes: Tensor
+
+    def __init__(self, network: nn.Module, outputs: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.num_classes = int(outputs.max()) + 1
+        self.register_buffer("outputs", outputs, persistent=False)
+        counting = outputs >= 0
+        self.register_buffer("chosen", counting.nonzero().squeeze(1), persistent=False)
+        self.register_buffer("classes", outputs[counting], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the classes' logits [N, classes] for images [N, C, H, W]."""
+        logits: Tensor = self.network(images)
+        if logits.shape[1] != len(self.outputs):
+            raise ValueError(
+                f"the network has {logits.shape[1]} outputs where the set is about {len(self.outputs)} classes; "
+                "evaluate a network that was trained on these"
+            )
+        chosen = logits[:, self.chosen]
+        empty = logits.new_full((len(logits), self.num_classes), -torch.inf)
+        return empty.scatter_reduce(1, self.classes.expand_as(chosen), chosen, "amax")
+
+
 def make_classifier(
     name: str,
     *,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from ares_lightning.attacks import Attack
+from ares_lightning.data import BatchAugmentation
 from ares_lightning.training.objectives import Logs, Objective
 from ares_lightning.training.optim import OptimSettings
 
@@ -27,6 +28,7 @@ class RobustTraining(L.LightningModule):
     optim: how the weights are updated.
     val_attack: the attack whose verdicts on the held-out images give `val/robust_acc`; `seed`: of its noise.
     label_smoothing: share of the label spread over all classes, in the attack and in the loss alike.
+    augmentation: what is done to a batch on its device before the attack sees it.
     config: the resolved config, plain containers only; it is written into every checkpoint.
 
     Batches are `(images uint8 [N, C, H, W], labels int64 [N], sample_ids int64 [N])`.
@@ -41,6 +43,7 @@ class RobustTraining(L.LightningModule):
         optim: OptimSettings,
         val_attack: Attack,
         label_smoothing: float = 0.0,
+        augmentation: BatchAugmentation | None = None,
         seed: int = 0,
         config: dict[str, Any],
     ) -> None:
@@ -50,6 +53,7 @@ class RobustTraining(L.LightningModule):
         self.optim = optim
         self.val_attack = val_attack
         self.label_smoothing = label_smoothing
+        self.augmentation = augmentation or BatchAugmentation(seed=seed)
         self.seed = seed
         self.config = config
         self.num_classes = num_classes
@@ -66,9 +70,11 @@ class RobustTraining(L.LightningModule):
 
     def loss(self, images: Tensor, labels: Tensor, sample_ids: Tensor) -> tuple[Tensor, Logs]:
         """Return the objective's loss and logs on images [N, C, H, W] in [0, 1]."""
-        if self.label_smoothing:
+        images = self.augmentation.erase(images, sample_ids, self.current_epoch)
+        if self.label_smoothing or self.augmentation.mixes:
             one_hot = F.one_hot(labels, self.num_classes).to(images.dtype)
             labels = one_hot * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
+            images, labels = self.augmentation.mix(images, labels, self.global_step)
         adversarial = self.objective.craft(
             self.net, images, labels, self.global_step, epoch=self.current_epoch, sample_ids=sample_ids
         )

@@ -11,14 +11,14 @@ from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 from torchvision.datasets import CIFAR10
 
-from ares_lightning.data import ImageError, ImageSets, load_image_sets
+from ares_lightning.data import ImageError, ImageSets, Wishes, load_image_sets
 
 
 def load(name: str, root: str | Path | None = None, **changes: Any) -> ImageSets:
     usual: dict[str, Any] = {"img_size": 32, "in_chans": 3, "num_val": 4, "split_seed": 0, "seed": 0}
     if name == "digits":
         usual |= {"img_size": 8, "in_chans": 1, "num_val": 180}
-    return load_image_sets(name, root, **usual | changes)
+    return load_image_sets(name, root, Wishes(**usual | changes))
 
 
 # --- digits -------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_root_that_is_no_folder_of_images_is_refused(name, tmp_path):
 
 
 def test_unknown_name_lists_the_known_ones():
-    refuse(r"^data\.name=mnist: .*known: digits, cifar10, imagefolder", "mnist")
+    refuse(r"^data\.name=mnist: .*known: digits, cifar10, cifar100, imagefolder, imagenet", "mnist")
 
 
 def test_split_without_class_folders_is_refused(make_tree):

@@ -128,7 +128,7 @@ def test_the_worst_case_is_taken_sample_by_sample():
             "precision": "fp32",
         }
     )
-    summary = summarise(rows, ["a", "b", "far"], Threat("linf", 0.1), None)
+    summary = summarise(rows, [("a", "s"), ("b", "s"), ("far", "s")], Threat("linf", 0.1), "s", {})
     worst = of(summary, "worst_case")
     assert worst["value"] == pytest.approx(1 / 3)
     assert (worst["n"], worst["eps"], worst["attack"]) == (3, 0.1, None)

@@ -1,0 +1,103 @@
+"""Which other sets a classifier is asked about: published ones that are found, or corruptions made on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ares_lightning.data import (
+    VARIANTS,
+    Corruption,
+    ImageSet,
+    RobustDataModule,
+    load_variant,
+    select_subset,
+)
+from ares_lightning.data.corruptions import COMMON, EXTRA, corruptions_for
+from ares_lightning.data.variants import Variant, cells, find_variant
+
+
+class FoundSets(NamedTuple):
+    """The sets to ask about, the undisturbed test images first; keys of those that were looked for in vain."""
+
+    sets: tuple[ImageSet, ...]
+    not_found: tuple[str, ...]
+
+
+def corrupted_sets(data: RobustDataModule, dataset: ImageSet, names: Any, severities: Sequence[int]) -> FoundSets:
+    """Return the test images `dataset` under corruptions made on the fly, keyed by the seed of `data`.
+
+    names: of corruptions; None for those that make sense at this size, `all` for the common and the extra ones.
+    Raises ValueError for an unknown name or severity.
+    """
+    if names is None:
+        names = corruptions_for(data.wishes.img_size)
+    elif names == "all":
+        names = COMMON + EXTRA
+    if isinstance(names, str):
+        raise ValueError(f"names={names}: expected null, all, or a list such as [fog,snow]")
+    seed = data.wishes.seed
+    made = [dataset.corrupted(Corruption(name, severity, seed)) for name in names for severity in severities]
+    return FoundSets((dataset, *made), ())
+
+
+def published_sets(
+    data: RobustDataModule,
+    dataset: ImageSet,
+    root: str | None,
+    sets: Sequence[str] | None,
+    subset: str | None,
+    severities: Sequence[int],
+    paths: Mapping[str, str | None],
+) -> FoundSets:
+    """Return the out-of-distribution sets of VARIANTS that suit the network of `data` and are found.
+
+    root: the folder in which they lie under their published names; those made of validation images are found where
+    `data` is. sets: their keys, None for all. subset: of each. paths: folders of single sets.
+    Raises ValueError for an unknown key, for a path that does not hold its set, and where nothing is found.
+    """
+    known = [key for key, variant in VARIANTS.items() if variant.network == data.network]
+    if not known:
+        raise ValueError(f"sets={sets}: no out-of-distribution sets are known for data.name={data.network}")
+    for key in [*(sets or ()), *(key for key, path in paths.items() if path is not None)]:
+        if key not in known:
+            raise ValueError(f"sets={key}: is no set for {data.network}; expected some of {', '.join(known)}")
+    found: list[ImageSet] = []
+    not_found: list[str] = []
+    for key in sets or known:
+        variant = VARIANTS[key]
+        of_validation = data.root if variant.is_of_validation and dataset.name == data.network else None
+        folder = _folder(variant, of_validation, root, paths.get(key))
+        if folder is None:
+            not_found.append(key)
+        else:
+            found += _all_cells(variant, folder, data, severities)
+    if not found:
+        raise ValueError(
+            f"root={root}: none of {', '.join(not_found)} is there under its published name; give the folder that "
+            "holds them, or the path of one as paths.<set>"
+        )
+    return FoundSets((dataset, *(select_subset(each, subset) for each in found)), tuple(not_found))
+
+
+def _folder(variant: Variant, here: Path | None, root: str | None, path: str | None) -> Path | None:
+    if path is not None:
+        folder = find_variant(variant, Path(path).expanduser())
+        if folder is None:
+            raise ValueError(f"paths.{variant.key}={path}: {variant.title} is not there; it needs {variant.words}")
+        return folder
+    if here is not None:
+        return find_variant(variant, here)
+    return None if root is None else find_variant(variant, Path(root).expanduser(), itself=False)
+
+
+def _all_cells(variant: Variant, folder: Path, data: RobustDataModule, severities: Sequence[int]) -> list[ImageSet]:
+    if not variant.corruptions:
+        return [load_variant(variant, folder, data.wishes)]
+    return [
+        load_variant(variant, folder, replace(data.wishes, corruption=cell.corruption, severity=cell.severity))
+        for cell in cells(variant, folder)
+        if cell.severity in severities
+    ]
