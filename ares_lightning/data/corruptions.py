@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 from scipy.signal import oaconvolve
+from scipy.sparse import csr_array
 
 from ares_lightning.data.textures import canny, equalised, frost_texture, plasma
 
@@ -34,6 +35,8 @@ GREY = np.array([0.299, 0.587, 0.114])
 """Weights of the channels in the grey value (ITU-R BT.601)."""
 EDGE_LEVELS, FARTHEST = (50, 150), 20
 """Thresholds of the edges of splashed water, and the distance in pixels up to which its relief looks."""
+FFT_ERROR = 1e-9
+"""Added after a transform, so that whole levels are not cut off to the one below."""
 THINNEST_MUD = 0.8
 WATER, MUD = np.array([175, 238, 238]) / 255, np.array([63, 42, 20]) / 255
 
@@ -74,13 +77,13 @@ def defocus_blur(x: Pixels, setting: tuple[float, float], rng: RandomState) -> P
     taps = 1 if radius <= 8 else 2
     offsets = np.arange(-reach, reach + 1)
     disk = (offsets[:, None] ** 2 + offsets**2 <= radius**2).astype(np.float64)
+    disk /= disk.sum()
     soft = np.exp(-(np.arange(-taps, taps + 1) ** 2) / (2 * softening**2))
     for axis in (0, 1):
         disk = ndimage.correlate1d(disk, soft / soft.sum(), axis, mode="mirror")
-    disk /= disk.sum()
     padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode="reflect" if min(x.shape[:2]) > 1 else "edge")
     blurred: Pixels = oaconvolve(padded, disk[..., None], mode="valid", axes=(0, 1))
-    return blurred
+    return blurred + FFT_ERROR
 
 
 def glass_blur(x: Pixels, setting: tuple[float, int, int], rng: RandomState) -> Pixels:
@@ -95,7 +98,7 @@ def glass_blur(x: Pixels, setting: tuple[float, int, int], rng: RandomState) -> 
     places = (rows[:, None] * width + columns).ravel()
     came_from = list(range(height * width))
     for _ in range(times):
-        dx, dy = rng.randint(-reach, reach, size=(2, len(places)))
+        dx, dy = rng.randint(-reach, reach, size=(len(places), 2)).T
         for place, neighbour in zip(places.tolist(), (places + dy * width + dx).tolist(), strict=True):
             came_from[place] = came_from[neighbour]
     return _blurred(blurred.reshape(-1, x.shape[2])[came_from].reshape(x.shape), sigma)
@@ -160,7 +163,7 @@ def spatter(x: Pixels, setting: tuple[float, float, float, float, float, bool], 
     away = ndimage.distance_transform_edt(~edges) if edges.any() else np.full(levels.shape, np.inf)
     relief = equalised(np.floor(_box(np.minimum(away, FARTHEST))))
     emboss = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]], dtype=np.float64)
-    relief = _box(ndimage.correlate(relief, emboss, mode="mirror").clip(0, 255))
+    relief = np.round(_box(ndimage.correlate(relief, emboss, mode="mirror").clip(0, 255)))
     drops = levels * relief
     drops *= strength / max(drops.max(), 1.0)
     wet: Pixels = x + drops[..., None] * _coloured(WATER, x)
@@ -435,13 +438,23 @@ def _smeared(x: Pixels, radius: int, sigma: float, angle: float) -> Pixels:
 
 def _zoomed(x: Pixels, factor: float) -> Pixels:
     """Enlarge the middle of the image to the image's own size."""
-    sizes = x.shape[:2]
-    cut = [math.ceil(size / factor) for size in sizes]
-    first = [(size - part) // 2 for size, part in zip(sizes, cut, strict=True)]
-    middle = x[first[0] : first[0] + cut[0], first[1] : first[1] + cut[1]]
-    zoomed: Pixels = ndimage.zoom(middle, (factor, factor, 1), order=1)
-    spare = [(new - size) // 2 for new, size in zip(zoomed.shape[:2], sizes, strict=True)]
-    return zoomed[spare[0] : spare[0] + sizes[0], spare[1] : spare[1] + sizes[1]]
+    height, width, channels = x.shape
+    rows = (_zoom_matrix(height, factor) @ x.reshape(height, -1)).reshape(x.shape).swapaxes(0, 1)
+    columns: Pixels = (_zoom_matrix(width, factor) @ rows.reshape(width, -1)).reshape(width, height, channels)
+    return columns.swapaxes(0, 1)
+
+
+def _zoom_matrix(size: int, factor: float) -> csr_array:
+    """Return the linear map [size, size] that enlarges the middle of an axis: `scipy.ndimage.zoom`, order 1."""
+    kept = math.ceil(size / factor)
+    enlarged = round(kept * factor)
+    places = np.arange(size)
+    source = np.minimum((places + (enlarged - size) // 2) * ((kept - 1) / max(enlarged - 1, 1)), kept - 1)
+    left = np.floor(source).astype(int)
+    right, share = np.minimum(left + 1, kept - 1), source - left
+    columns = (size - kept) // 2 + np.concatenate([left, right])
+    weights = np.concatenate([1 - share, share])
+    return csr_array((weights, (np.concatenate([places, places]), columns)), shape=(size, size))
 
 
 def _sampled(x: Pixels, rows: NDArray[Any], columns: NDArray[Any], mode: str) -> Pixels:
@@ -450,7 +463,8 @@ def _sampled(x: Pixels, rows: NDArray[Any], columns: NDArray[Any], mode: str) ->
 
 
 def _box(levels: NDArray[np.float64]) -> NDArray[np.float64]:
-    smoothed: NDArray[np.float64] = ndimage.uniform_filter(levels, 3, mode="mirror")
+    # Not uniform_filter, whose running sums leave whole levels a little below themselves, to be cut off.
+    smoothed: NDArray[np.float64] = ndimage.correlate(levels, np.ones((3, 3)), mode="mirror") / 9
     return smoothed
 
 

@@ -78,14 +78,19 @@ def canny(levels: Levels, low: float, high: float) -> NDArray[np.bool_]:
     """
     dx, dy = (ndimage.sobel(levels, axis, mode="nearest") for axis in (1, 0))
     magnitude = abs(dx) + abs(dy)
-    sector = np.round(np.arctan2(dy, dx) / (np.pi / 4)).astype(int) % 4
+    flat = abs(dy) < np.tan(np.pi / 8) * abs(dx)
+    steep = abs(dy) > np.tan(3 * np.pi / 8) * abs(dx)
     padded = np.pad(magnitude, 1)
     height, width = levels.shape
-    thin = np.zeros(levels.shape, dtype=bool)
-    for number, (down, right) in enumerate(((0, 1), (1, 1), (1, 0), (1, -1))):
-        ahead = padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
-        behind = padded[1 - down : 1 - down + height, 1 - right : 1 - right + width]
-        thin |= (sector == number) & (magnitude > behind) & (magnitude >= ahead)
+
+    def at(down: int, right: int) -> Levels:
+        return padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
+
+    across = (magnitude > at(0, -1)) & (magnitude >= at(0, 1))
+    along = (magnitude > at(-1, 0)) & (magnitude >= at(1, 0))
+    falling = magnitude > np.maximum(at(-1, -1), at(1, 1))
+    rising = magnitude > np.maximum(at(-1, 1), at(1, -1))
+    thin = np.where(flat, across, np.where(steep, along, np.where(dx * dy < 0, rising, falling)))
     regions, _ = ndimage.label(thin & (magnitude > low), structure=np.ones((3, 3)))
     strong = np.unique(regions[thin & (magnitude > high)])
     return np.isin(regions, strong[strong > 0])

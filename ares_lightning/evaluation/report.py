@@ -68,6 +68,12 @@ class Row:
         return None if self.eps is None else eps_text(self.norm, self.eps)
 
     @property
+    def cell(self) -> tuple[str, str, str] | None:
+        """Set, corruption and severity, where the row is about one of them."""
+        parts = (self.set or "").rsplit("/", 2)
+        return (parts[0], parts[1], parts[2]) if len(parts) == 3 else None
+
+    @property
     def threat(self) -> str:
         """The threat model in words."""
         return f"{self.ball}, eps {self.budget}"
@@ -75,12 +81,16 @@ class Row:
 
 @dataclass
 class Run:
-    """What a run folder says of itself; `settings` is its config as text, `label` is unique in a report."""
+    """What a run folder says of itself.
+
+    settings: its config as text; about: which images it was asked about; label: is unique in a report.
+    """
 
     folder: Path
     rows: list[Row]
     settings: str
     config: Any
+    about: dict[str, Any] = field(default_factory=dict)
     label: str = ""
     style: Style = field(default_factory=lambda: Style.of(0))
 
@@ -104,9 +114,34 @@ class Run:
 
     @property
     def clean(self) -> Row | None:
-        """The clean accuracy, on the set of the headline where there is one."""
-        rows, robust = [row for row in self.rows if row.metric == "clean_accuracy"], self.robust
-        return next((row for row in rows if robust and row.set == robust.set), rows[0] if rows else None)
+        """The clean accuracy, on the set of the headline where there is one, else on the data's own."""
+        rows = [row for row in self.rows if row.metric == "clean_accuracy"]
+        wanted = self.robust.set if self.robust else self.setting("data.name")
+        return next((row for row in rows if row.set == wanted), rows[0] if rows else None)
+
+    @property
+    def listed(self) -> list[Row]:
+        """The rows but those of single corruptions, which `corruptions` has."""
+        return [row for row in self.rows if row.cell is None]
+
+    @property
+    def corruptions(self) -> dict[str, dict[str, dict[str, Row]]]:
+        """Rows by set of corruptions, corruption and severity."""
+        tables: dict[str, dict[str, dict[str, Row]]] = {}
+        for row in self.rows:
+            if row.cell is not None:
+                family, name, severity = row.cell
+                tables.setdefault(family, {}).setdefault(name, {})[severity] = row
+        return tables
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """What is known of each set asked about; those of single corruptions are told of once."""
+        sets: dict[tuple[str, str], dict[str, Any]] = {}
+        for each in self.about.get("sets", []):
+            family = each["set"].rsplit("/", 2)[0]
+            sets.setdefault((family, each["preparation"]), {**each, "set": family})
+        return list(sets.values())
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
@@ -209,7 +244,18 @@ def _read_run(folder: Path) -> Run:
         config = yaml.safe_load(settings)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: is not readable YAML") from error
-    return Run(folder, _read_summary(folder / "summary.json"), settings, config)
+    return Run(folder, _read_summary(folder / "summary.json"), settings, config, _read_about(folder / "about.json"))
+
+
+def _read_about(file: Path) -> dict[str, Any]:
+    """Read `about.json`; a run folder that was put together by hand may lack it."""
+    try:
+        about = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if any({"set", "n", "names_hash", "preparation"} - each.keys() for each in about.get("sets", [])):
+            raise KeyError("sets")
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{file}: is not what an evaluation writes ({error})") from error
+    return about if isinstance(about, dict) else {}
 
 
 def _read_summary(file: Path) -> list[Row]:
