@@ -21,7 +21,6 @@ import math
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from datetime import UTC, datetime
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 from contenders import CONTESTS, Contender, Contest
+from provenance import device_name, revision, version
 from subjects import Subject, make_subject
 from torch import Tensor, nn
 
@@ -198,13 +198,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             ["python", "benchmarks/attacks.py", *(sys.argv[1:] if arguments is None else arguments)]
         ),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "revision": _revision(),
+        "revision": revision(),
         "hardware": {
-            "device": _device_name(device),
+            "device": device_name(device),
             "threads": torch.get_num_threads(),
             "host": platform.platform(),
         },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "subject": {
             "network": subject.name,
             "images": len(subject.images),
@@ -284,34 +284,6 @@ def _installed(contenders: tuple[Contender, ...]) -> list[Contender]:
     for package in (package for package, is_there in present.items() if not is_there):
         print(f"{package} is not installed and is left out")
     return [contender for contender in contenders if present[contender.package]]
-
-
-def _revision() -> str | None:
-    """Return the git revision of this file's checkout, with + where files differ from it; None outside of git."""
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-    except OSError:
-        return None
-    return answer.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = f"{len(models)} x {models[0]}" if models else platform.processor()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _cell(value: float | None, digits: str) -> str:

@@ -63,6 +63,16 @@ def test_passes_are_counted_by_what_reaches_the_network(report):
         assert rows["foolbox"]["backwards_per_image"] == 10
 
 
+def test_loading_is_measured_beside_torchvision(tmp_path):
+    script = SCRIPT.with_name("loading.py")
+    small = ["--n", "40", "--epochs", "1", "--workers", "1", "--output", str(tmp_path / "loading.json")]
+    subprocess.run([sys.executable, str(script), *small], check=True, capture_output=True)
+    report = json.loads((tmp_path / "loading.json").read_text())
+    assert report["images"] == 40
+    assert set(report["times"]) == {"torchvision", "torchvision, tensors"}
+    assert all(len(rates) == 1 and rates[0] > 0 for rates in report["images_per_second"].values())
+
+
 def test_the_page_shows_the_results_as_they_are():
     printed = subprocess.run([sys.executable, str(SCRIPT.with_name("table.py"))], capture_output=True, text=True)
     page = (SCRIPT.parents[1] / "docs" / "attacks.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -18,11 +19,13 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_digits
 from wandb.proto.wandb_internal_pb2 import Record
 
 from ares_lightning import build
+from ares_lightning.data import VARIANTS
 from ares_lightning.launch import CONFIG_DIR, evaluate_main, train_main
 
 ROOT = Path(__file__).parent.parent
@@ -210,6 +213,92 @@ def test_every_data_set_composes_with_both_programs(choice):
         cfg = composed(config, f"data={choice}")
         assert cfg.threat.eps == cfg.data.threat.eps
         assert set(cfg.data) == set(composed(config).data), "so that data.* of one is a key of all"
+
+
+def test_augmentations_of_the_batch_and_corruptions_in_one_run(tmp_path, monkeypatch, capsys):
+    augmented = ["aug.mixup=0.8", "aug.cutmix=1.0", "aug.erasing=0.25", "aug.repeats=2", "model=cnn"]
+    evaluation = ["eval=[clean,corruptions]", "eval.corruptions.severities=[1,5]"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *QUICK, *augmented, *evaluation, f"run_dir={tmp_path}"])
+    train_main()
+    printed = capsys.readouterr().out
+    assert "corruptions/digits: mean accuracy" in printed
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    sets = {row["set"] for row in rows}
+    assert {f"digits/{name}/{severity}" for name in ("contrast", "pixelate") for severity in (1, 5)} <= sets
+    assert len(sets) == 1 + 6 * 2
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert about["sets"][0]["preparation"] == "as stored"
+    assert "Corruptions of digits" in (tmp_path / "report.html").read_text()
+
+
+def write_imagenet(root: Path) -> None:
+    """Write a part of ImageNet, of noise: two of its classes, labels 0 and 281."""
+    for split, number in (("train", 8), ("val", 3)):
+        for label, wnid in enumerate(("n01440764", "n02123045")):
+            for i in range(number):
+                path = root / split / wnid / f"ILSVRC2012_{split}_{label * 100 + i + 2:08d}.JPEG"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(path)
+
+
+def test_imagenet_trains_and_evaluates_with_its_variants(tmp_path, monkeypatch, capsys):
+    root, ood = tmp_path / "imagenet", tmp_path / "ood"
+    write_imagenet(root)
+    (ood / "imagenet-a").mkdir(parents=True)
+    shutil.copytree(root / "val" / "n01440764", ood / "imagenet-a" / "n01498041")
+    data = ["data=imagenet", f"data.root={root}", "data.num_val=4", "data.num_workers=0", "data.on_error=skip"]
+    model = ["model=timm", "model.name=resnet10t", "data.img_size=64", "adv=none", "aug.randaugment=rand-m9"]
+    run_dir = tmp_path / "run"
+    small = [*QUICK, "data.batch_size=4", "eval=[clean]", f"run_dir={run_dir}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *data, *model, *small])
+    train_main()
+    config = OmegaConf.load(run_dir / "config.yaml")
+    assert (config.data.num_classes, config.data.img_size) == (1000, 64)
+    labels = pd.read_parquet(run_dir / "verdicts")["label"]
+    assert set(labels) == {0, 281}
+    (root / "val" / "n01440764" / "ILSVRC2012_val_00000003.JPEG").write_bytes(b"")
+    (ood / "imagenet-a" / "n01498041" / "ILSVRC2012_val_00000002.JPEG").write_bytes(b"nothing")
+    sets = ["eval=[clean,ood]", f"eval.ood.root={ood}", f"run_dir={tmp_path / 'ood-run'}"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"ckpt={run_dir}", *sets])
+    evaluate_main()
+    printed = capsys.readouterr().out
+    assert "not found: ObjectNet, answers among all 1000 classes (objectnet)" in printed
+    assert "skipped: 2 images that cannot be used" in printed
+    rows = {row["set"]: row for row in json.loads((tmp_path / "ood-run" / "summary.json").read_text())}
+    assert {name: row["n"] for name, row in rows.items()} == {
+        "imagenet": 5, "imagenet_real": 5, "imagenet_a": 2, "imagenet_200_r": 3
+    }  # fmt: skip
+    about = json.loads((tmp_path / "ood-run" / "about.json").read_text())
+    assert len(about["skipped"]) == 2
+    assert "2 images were left out" in (tmp_path / "ood-run" / "report.html").read_text()
+    monkeypatch.setattr(sys, "argv", ["train.py", "data=imagenet_a", f"data.root={ood}"])
+    with pytest.raises(SystemExit) as error:
+        train_main()
+    assert str(error.value) == "error: data.name=imagenet_a: has no training images; evaluate.py takes it"
+
+
+def test_preprocessing_is_the_models_own_where_it_is_asked_for(tmp_path):
+    write_imagenet(tmp_path)
+    usual = ["data=imagenet", f"data.root={tmp_path}", "model=timm", "model.name=vit_tiny_patch16_384"]
+    cfg = composed("evaluate", *usual, "data.preprocess=model")
+    data = build.build_data(cfg, training=False)
+    assert data.test_set.preparation == "resize 384 (bicubic), crop 384"
+    assert cfg.data.img_size == 384
+    assert data.test_set[0][0].shape == (3, 384, 384)
+    cfg = composed("evaluate", *usual)
+    assert build.build_data(cfg, training=False).test_set.preparation == "resize 256 (bicubic), crop 224"
+    with pytest.raises(build.ConfigError, match=r"^data\.preprocess=both: expected one of model, ares"):
+        build.build_data(composed("evaluate", *usual, "data.preprocess=both"), training=False)
+
+
+def test_every_variant_composes_and_takes_the_rest_from_its_data_set():
+    for key, variant in VARIANTS.items():
+        cfg = composed("evaluate", f"data={key}")
+        assert cfg.data.name == key
+        assert cfg.data.mean == composed("evaluate", f"data={variant.network}").data.mean
+    paths = composed("evaluate", "eval=[ood]").eval.ood.paths
+    assert list(paths) == list(VARIANTS)
 
 
 def test_real_image_folders_train_and_evaluate(tmp_path):

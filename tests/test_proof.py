@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +27,16 @@ def test_every_combination_keeps_the_contract(case, dtype, num_classes, size, n,
 @pytest.mark.parametrize("name", sorted(LONG))
 def test_long_attacks_work_with_their_defaults(name):
     check_defaults(name)
+
+
+def test_loading_is_faster_than_torchvisions_and_its_memory_stays_flat(tmp_path):
+    output = tmp_path / "loading.json"
+    script = ROOT / "benchmarks" / "loading.py"
+    subprocess.run([sys.executable, script, "--epochs", "5", "--output", output], check=True, capture_output=True)
+    report = json.loads(output.read_text())
+    assert statistics.median(report["times"]["torchvision"]) >= 1.1
+    memory = report["memory_mib"]["ares-lightning"]
+    assert max(memory[2:]) <= 1.05 * memory[1]
 
 
 def accuracies(run_dir: Path) -> dict[str, float]:

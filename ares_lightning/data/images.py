@@ -195,6 +195,7 @@ def _rand_augment(settings: str, img_size: int, mean: tuple[float, ...]) -> Call
     hparams = {
         "translate_const": int(img_size * TRANSLATION),
         "img_mean": colour if len(colour) == 3 else colour[0],
+        "interpolation": Image.Resampling.BILINEAR,
     }
     operations: Callable[[Image.Image], Image.Image] = rand_augment_transform(settings, hparams)
     return operations

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -128,6 +129,27 @@ def test_lightning_keeps_the_sampler_and_tells_it_the_epoch(tmp_path):
         loader.sampler.set_epoch(epoch)
         assert ids == next(iter(loader))[2].tolist()
     assert recorder.epochs[0] != recorder.epochs[1]
+
+
+def test_lightning_resumes_in_mid_epoch_with_the_batches_that_were_still_to_come(tmp_path):
+    def fit(name: str, checkpoint: str | None = None, **limits: Any) -> Recorder:
+        recorder = Recorder()
+        saver = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = L.Trainer(
+            accelerator="cpu", logger=False, callbacks=[saver], enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path, **{"max_epochs": 3} | limits,
+        )  # fmt: skip
+        trainer.fit(recorder, make(batch_size=300), ckpt_path=checkpoint, weights_only=True)
+        return recorder
+
+    whole = fit("whole")
+    assert [len(ids) for ids in whole.epochs.values()] == [1200] * 3
+    for step, epoch in ((2, 0), (4, 1), (6, 1), (7, 1)):
+        resumed = fit(f"from{step}", str(tmp_path / "whole" / f"step={step}.ckpt"))
+        done = (step - 4 * epoch) * 300
+        assert resumed.epochs.get(epoch, []) == whole.epochs[epoch][done:]
+        for later in range(epoch + 1, 3):
+            assert resumed.epochs[later] == whole.epochs[later]
 
 
 def test_sample_ids_stay_on_the_cpu():

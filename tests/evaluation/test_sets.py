@@ -236,7 +236,7 @@ def test_alexnet_has_exactly_a_hundred():
 
 
 RESNET50 = (80, 82, 83, 75, 89, 78, 80, 78, 75, 66, 57, 71, 85, 77, 77)
-"""Its corruption errors in the order of COMMON, rounded, as the README of hendrycks/robustness has them; mCE 76.7."""
+"""Its corruption errors in the order of COMMON, rounded (README of hendrycks/robustness); the mCE there is 76.7."""
 
 
 def test_the_published_errors_of_resnet50_give_its_published_mce():
