@@ -16,7 +16,7 @@ def table() -> str:
         "| network | attack | images | ours: robust % | others: time in ours (robust %) |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for path in sorted(RESULTS.glob("*.json"), reverse=True):
+    for path in sorted(RESULTS.glob("*cifar10*.json"), reverse=True):
         report = json.loads(path.read_text())
         subject = report["subject"]
         for contest in report["contests"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from ares_lightning import build
 from ares_lightning.attacks import list_attacks, make_attack
 from ares_lightning.attacks.autoattack import AutoAttack
+from ares_lightning.data.__main__ import table
 from ares_lightning.evaluation.curves import BisectedCurve, BracketedCurve
 from ares_lightning.launch import CONFIG_DIR
 
@@ -101,6 +103,23 @@ def page_commands() -> list[str]:
 @pytest.mark.parametrize("command", page_commands())
 def test_the_pages_commands_compose(command):
     assert only_evaluator(*(part for part in command.split()[2:] if not part.startswith("ckpt=")))
+
+
+DATA_PAGE = (CONFIG_DIR.parent / "docs" / "data.md").read_text()
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python ((?:evaluate|train)\.py .*?)(?: +#.*)?$", DATA_PAGE, re.M))
+def test_the_commands_of_the_data_page_compose(command):
+    program, *overrides = command.split()
+    given = [override.replace("<run>", "run") for override in overrides]
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        assert compose(program.removesuffix(".py"), given)
+
+
+def test_the_data_page_shows_the_table_of_sets_and_a_program_that_runs():
+    assert table() in DATA_PAGE, "put what `python -m ares_lightning.data` prints into docs/data.md"
+    (program,) = re.findall(r"```python\n(.*?)```", DATA_PAGE, re.S)
+    exec(program, {})
 
 
 MISTAKES = [
