@@ -389,7 +389,7 @@ def build_evaluators(cfg: DictConfig, data: RobustDataModule, dataset: ImageSet)
         with section(f"eval.{name}"):
             if kind in _SETS:
                 found = _SETS[kind](data, dataset, **settings)
-                evaluators.append(SetsEvaluator(name, *found, subset=settings.get("subset")))
+                evaluators.append(SetsEvaluator(name, *found, subset=settings.get("subset", cfg.subset)))
             else:
                 evaluators.append(_EVALUATORS[kind](name, **settings))
     return evaluators

@@ -181,7 +181,7 @@ def _evaluate(
     evaluation: Evaluation, data: RobustDataModule, net: torch.nn.Module, run_dir: Path, device: torch.device
 ) -> Metrics:
     covered, classes = len(set(evaluation.dataset.labels.tolist())), len(evaluation.dataset.classes)
-    if covered < classes:
+    if evaluation.subset and covered < classes:
         print(f"subset={evaluation.subset}: holds {covered} of {classes} classes; random:n@seed draws from all")
     for key in evaluation.not_found:
         print(f"not found: {VARIANTS[key].title} ({key})")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import timm
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -434,7 +435,23 @@ def test_the_readmes_commands_run(command, trained, tmp_path):
     program, *arguments = command.split()[1:]
     arguments = [str(trained) if argument.startswith("runs/") else argument for argument in arguments]
     arguments = [f"ckpt={trained}" if argument.startswith("ckpt=") else argument for argument in arguments]
-    if program == "-m":
+    if "imagenet" in command:
+        write_imagenet(tmp_path / "imagenet")
+        (tmp_path / "ood").mkdir()
+        shutil.copytree(tmp_path / "imagenet" / "val", tmp_path / "ood" / "imagenet-sketch")
+        torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
+        ours = {
+            "/data/imagenet/val": str(tmp_path / "imagenet" / "val"),
+            "data=imagenet": f"data.root={tmp_path / 'imagenet'}",
+            "eval.ood.root=/data/ood": f"eval.ood.root={tmp_path / 'ood'}",
+            "model=zoo/resnet50_normal": "model=timm",
+        }
+        arguments = [ours.get(argument, argument) for argument in arguments]
+        network = ["model.name=resnet10t", f"model.weights={tmp_path / 'weights.pth'}", "data.num_workers=0"]
+        more = [] if program == "-m" else ["data=imagenet", *network, f"run_dir={tmp_path / 'run'}"]
+        done = run(program, *arguments, *more)
+        assert "6 images, 0 cannot be used" in done.stdout or "ood/imagenet_sketch: clean accuracy" in done.stdout
+    elif program == "-m":
         output = tmp_path / "report.html"
         done = run("-m", *arguments, *([] if arguments == ["ares_lightning.models"] else ["--output", output]))
         assert output.exists() or "55 of 55 models" in done.stdout

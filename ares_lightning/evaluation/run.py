@@ -88,12 +88,15 @@ class Evaluation:
         skipped: why images could not be used, by sample name.
         """
         sets = {dataset.name: dataset for _, dataset in self.questions}
+        hashes: dict[int, str] = {}
+        for dataset in sets.values():
+            hashes[id(dataset.source)] = hashes.get(id(dataset.source)) or subset_hash(dataset)
         about = {
             "sets": [
                 {
                     "set": dataset.name,
                     "n": len(dataset),
-                    "names_hash": subset_hash(dataset),
+                    "names_hash": hashes[id(dataset.source)],
                     "preparation": dataset.preparation,
                 }
                 for dataset in sets.values()
@@ -163,7 +166,7 @@ class Evaluation:
                     fingerprint,
                 )
                 examples.write(run_dir / "examples.npz")
-        verdicts = self._asked(ledger.read(), fingerprint)
+        verdicts = pd.concat(self._asked(ledger.read(), fingerprint).values())
         main = self.dataset.name
         subsets = {dataset.name: evaluator.subset for evaluator, dataset in self.questions if evaluator.own_sets}
         subsets[main] = self.subset
@@ -180,17 +183,16 @@ class Evaluation:
         """The names of evaluators and sets, in the order in which results are listed."""
         return [(evaluator.name, dataset.name) for evaluator, dataset in self.questions]
 
-    def _asked(self, rows: pd.DataFrame, model: str) -> pd.DataFrame:
-        """Return the rows that answer this evaluation's questions about this model."""
+    def _asked(self, rows: pd.DataFrame, model: str) -> dict[str, pd.DataFrame]:
+        """Return the rows that answer the questions about this model, by the fingerprint of the question."""
         rows = rows[rows["model_fingerprint"] == model]
-        answers = [
-            rows[
-                (rows["evaluator_fingerprint"] == self._fingerprint(evaluator, dataset))
-                & rows["sample_id"].isin(dataset.sample_ids.tolist())
-            ]
-            for evaluator, dataset in self.questions
-        ]
-        return pd.concat([rows.iloc[:0], *answers])
+        answers: dict[Any, pd.DataFrame] = dict(iter(rows.groupby("evaluator_fingerprint", sort=False)))
+        asked = {}
+        for evaluator, dataset in self.questions:
+            key = self._fingerprint(evaluator, dataset)
+            own = answers.get(key, rows.iloc[:0])
+            asked[key] = own[own["sample_id"].isin(dataset.sample_ids.tolist())]
+        return asked
 
     def _ask(
         self,
@@ -199,7 +201,7 @@ class Evaluation:
         net: nn.Module,
         passes: Passes,
         ledger: Ledger,
-        known: pd.DataFrame,
+        known: Mapping[str, pd.DataFrame],
         examples: _Examples,
         progress: Progress,
         task: TaskID,
@@ -215,12 +217,10 @@ class Evaluation:
             "attack_fingerprint": evaluator.attack_fingerprint,
             "set": dataset.name,
         }
-        decided = known[known["evaluator_fingerprint"] == own]
-        progress.update(task, advance=decided["sample_id"].nunique())
+        decided = known[own]["sample_id"].unique()
+        progress.update(task, advance=len(decided))
         robust = seen = 0
-        packs = self.loader(
-            dataset, skip=decided["sample_id"].unique().tolist(), batch_size=NUM_PACKED * self.batch_size
-        )
+        packs = self.loader(dataset, skip=decided.tolist(), batch_size=NUM_PACKED * self.batch_size)
         for images, labels, sample_ids in packs:
             pixels = images.to(device).to(PRECISIONS[self.precision]).div_(255)
             answers = list(evaluator.verdicts(net, pixels, labels.to(device), sample_ids, self.seed, passes))

@@ -43,15 +43,17 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        numbers = [int(part.stem.removeprefix("part-")) for part in self._parts()]
+        self._next = max(numbers, default=-1) + 1
 
     def append(self, rows: pd.DataFrame) -> None:
         """Write rows as a new part; the part is there as a whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        taken = [int(part.stem.removeprefix("part-")) for part in self._parts()]
-        part = self.folder / f"part-{max(taken, default=-1) + 1:05d}.parquet"
+        part = self.folder / f"part-{self._next:05d}.parquet"
         unfinished = part.with_suffix(".tmp")
         pq.write_table(pa.Table.from_pandas(rows, schema=SCHEMA, preserve_index=False), unfinished)
         os.replace(unfinished, part)
+        self._next += 1
 
     def read(self) -> pd.DataFrame:
         """Return all rows in the order in which they were written.
