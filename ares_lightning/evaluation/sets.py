@@ -12,6 +12,7 @@ from ares_lightning.data import (
     Corruption,
     ImageSet,
     RobustDataModule,
+    Wishes,
     load_variant,
     select_subset,
 )
@@ -64,6 +65,7 @@ def published_sets(
     for key in [*(sets or ()), *(key for key, path in paths.items() if path is not None)]:
         if key not in known:
             raise ValueError(f"sets={key}: is no set for {data.network}; expected some of {', '.join(known)}")
+    wishes = replace(data.wishes, corruption=None, severity=None)
     found: list[ImageSet] = []
     not_found: list[str] = []
     for key in sets or known:
@@ -73,7 +75,7 @@ def published_sets(
         if folder is None:
             not_found.append(key)
         else:
-            found += _all_cells(variant, folder, data, severities)
+            found += _all_cells(variant, folder, wishes, severities)
     if not found:
         raise ValueError(
             f"root={root}: none of {', '.join(not_found)} is there under its published name; give the folder that "
@@ -93,11 +95,11 @@ def _folder(variant: Variant, here: Path | None, root: str | None, path: str | N
     return None if root is None else find_variant(variant, Path(root).expanduser(), itself=False)
 
 
-def _all_cells(variant: Variant, folder: Path, data: RobustDataModule, severities: Sequence[int]) -> list[ImageSet]:
+def _all_cells(variant: Variant, folder: Path, wishes: Wishes, severities: Sequence[int]) -> list[ImageSet]:
     if not variant.corruptions:
-        return [load_variant(variant, folder, data.wishes)]
+        return [load_variant(variant, folder, wishes)]
     return [
-        load_variant(variant, folder, replace(data.wishes, corruption=cell.corruption, severity=cell.severity))
+        load_variant(variant, folder, replace(wishes, corruption=cell.corruption, severity=cell.severity))
         for cell in cells(variant, folder)
         if cell.severity in severities
     ]

@@ -184,6 +184,11 @@ def test_value_that_makes_no_sense_is_named(key, value):
     assert "\n" not in str(error.value)
 
 
+def test_digits_are_not_augmented_without_a_word():
+    with pytest.raises(ValueError, match=r"^aug\.randaugment=rand-m9: digits are not augmented"):
+        make(randaugment="rand-m9")
+
+
 def test_image_of_another_size_shows_at_construction(make_tree):
     with pytest.raises(ImageError, match=r"is 40x40 pixels where data\.img_size=32"):
         make("cifar10", root=make_tree({"train": 4, "test": 1}, size=40))

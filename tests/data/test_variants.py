@@ -240,6 +240,15 @@ def test_sets_of_corruptions_have_a_folder_for_each_and_its_severities(key, arch
         load(key, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["imagenet", "imagenet_a"])
+def test_a_corruption_of_what_is_no_set_of_them_is_refused(name, tmp_path):
+    save(tmp_path / "n01498041" / "a.png", 0)
+    with pytest.raises(
+        ValueError, match=rf"^data\.corruption=fog: {name} is no published set of corruptions; eval="
+    ):
+        load(name, tmp_path, corruption="fog", severity=1)
+
+
 def test_stored_images_are_not_resized(tmp_path):
     path = tmp_path / "imagenet-c" / "fog" / "1" / TENCH / "a.png"
     save(path, 1, 224, 224)
