@@ -112,9 +112,7 @@ def load_image_sets(name: str, root: str | Path | None, wishes: Wishes) -> Image
     if name == "digits":
         source = _read_digits(wishes.img_size)
         if wishes.randaugment is not None:
-            raise ValueError(
-                f"aug.randaugment={wishes.randaugment}: digits of 8x8 pixels are not augmented; set null"
-            )
+            raise ValueError(f"aug.randaugment={wishes.randaugment}: digits are not augmented; set null")
         test_ids, pool = stratified_split(source.labels.labels, NUM_DIGITS_TEST, "test", wishes.split_seed)
         return _split(wishes, source, pool, wishes.make(source, test_ids, None), None, None)
     folder = _checked_root(name, root)
