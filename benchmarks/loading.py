@@ -6,8 +6,8 @@
 Ours: uint8 batches with channels last, to be converted on the device. torchvision: ImageFolder, DataLoader and v2
 transforms up to normalised float batches, once on Pillow images (the default of its references), once on tensors.
 All decode with Pillow, crop, flip and apply two operations of RandAugment at magnitude 9 in the workers. "times" is
-the median over the epochs of the ratio of images a second, ours to theirs; memory is what the main process and all
-workers each have for themselves (Linux).
+the median over the epochs of the ratio of images a second, ours to theirs; memory is what the main process and the
+loader's workers each have for themselves at the end of an epoch (Linux).
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import shlex
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -79,15 +78,15 @@ def torchvisions_loader(folder: Path, batch_size: int, workers: int, on_tensors:
     return DataLoader(images, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
 
-def epoch(loader: Iterable[Any]) -> tuple[float, int]:
-    """Load one epoch; return images a second, and the memory of this process and its workers at the end, in MiB."""
+def epoch(loader: DataLoader[Any]) -> tuple[float, int]:
+    """Load one epoch; return images a second, and the memory of this process and the loader's workers, in MiB."""
     start, count = time.perf_counter(), 0
     for batch in loader:
         count += len(batch[0])
     rate = count / (time.perf_counter() - start)
     gc.collect()
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return rate, sum(map(_own_memory, ["self", *children])) // 2**10
+    workers = [str(worker.pid) for worker in loader._iterator._workers] if loader.num_workers else []
+    return rate, sum(map(_own_memory, ["self", *workers])) // 2**10
 
 
 def _own_memory(process: str) -> int:
@@ -125,7 +124,7 @@ def main() -> None:
         folder = options.images or Path(made)
         if options.images is None:
             make_images(folder, options.n)
-        makers: dict[str, Callable[[Path, int, int], Iterable[Any]]] = {
+        makers: dict[str, Callable[[Path, int, int], DataLoader[Any]]] = {
             "ares-lightning": our_loader,
             "torchvision": partial(torchvisions_loader, on_tensors=False),
             "torchvision, tensors": partial(torchvisions_loader, on_tensors=True),
@@ -146,7 +145,7 @@ def main() -> None:
         name: [one[0] / other[0] for one, other in zip(ours, rows, strict=True)]
         for name, rows in zip(list(measured)[1:], others, strict=True)
     }
-    print(f"{'':>20}  images/s in each epoch        memory of all processes, MiB")
+    print(f"{'':>20}  images/s in each epoch        memory, MiB")
     for name, rows in measured.items():
         print(f"{name:>20}  {' '.join(f'{row[0]:8.1f}' for row in rows)}   {' '.join(str(row[1]) for row in rows)}")
     for name, ratios in times.items():

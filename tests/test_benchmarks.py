@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,13 @@ def test_loading_is_measured_beside_torchvision(tmp_path):
     assert report["images"] == 40
     assert set(report["times"]) == {"torchvision", "torchvision, tensors"}
     assert all(len(rates) == 1 and rates[0] > 0 for rates in report["images_per_second"].values())
+
+
+def test_the_data_page_shows_the_measured_loading():
+    report = json.loads((SCRIPT.parent / "results" / "loading-cpu.json").read_text())
+    page = " ".join((SCRIPT.parents[1] / "docs" / "data.md").read_text().split())
+    for times in report["times"].values():
+        assert f"{statistics.median(times):.2f} times ({min(times):.2f} to {max(times):.2f})" in page
 
 
 def test_the_page_shows_the_results_as_they_are():
