@@ -61,7 +61,11 @@ def published_sets(
     """
     known = [key for key, variant in VARIANTS.items() if variant.network == data.network]
     if not known:
-        raise ValueError(f"sets={sets}: no out-of-distribution sets are known for data.name={data.network}")
+        networks = sorted({variant.network for variant in VARIANTS.values()})
+        raise ValueError(
+            f"sets={sets}: no out-of-distribution sets are known for data.name={data.network}; there are some for "
+            f"{', '.join(networks)}"
+        )
     for key in [*(sets or ()), *(key for key, path in paths.items() if path is not None)]:
         if key not in known:
             raise ValueError(f"sets={key}: is no set for {data.network}; expected some of {', '.join(known)}")
