@@ -158,7 +158,7 @@ def _preprocessing(cfg: DictConfig) -> Preprocessing | None:
         with section("data"):
             own = own_preprocessing(cfg.model.name, cfg.model.weights, cfg.model.key, cfg.data.img_size)
     if own is None:
-        cfg.data.img_size = cfg.data.img_size or ARES_IMG_SIZE
+        cfg.data.img_size = ARES_IMG_SIZE if cfg.data.img_size is None else cfg.data.img_size
         return ares_preprocessing(cfg.data.img_size)
     cfg.data.img_size = own.img_size
     return Preprocessing(own.img_size, own.resize, own.interpolation, squash=own.squash)

@@ -66,6 +66,9 @@ for _model in ZOO.values():
 
 Metrics = dict[str, float]
 
+MODELS_FACTS = ("in_chans", "img_size", "preprocess", "mean", "std")
+"""Keys of `data` that belong to a trained model, whichever images it is asked about."""
+
 _UNHELPFUL_WARNINGS = (
     ".*Experiment logs directory .* exists and is not empty",  # config.yaml does; an old run was refused
     ".*does not have many workers",  # the digits lie in memory
@@ -354,6 +357,10 @@ def _adopt(cfg: DictConfig, saved: Any, overrides: tuple[str, ...], keep: tuple[
     if "threat.norm" in given and "threat.eps" not in given:
         raise ConfigError("threat.norm: give threat.eps as well; the checkpoint's was meant for its norm")
     with open_dict(cfg):
+        if "data" in given:
+            for key in MODELS_FACTS:
+                if f"data.{key}" not in given:
+                    cfg.data[key] = saved.data[key]
         for key in saved:
             if key in given or key in keep or (key == "threat" and "data" in given):
                 continue

@@ -258,6 +258,11 @@ def test_imagenet_trains_and_evaluates_with_its_variants(tmp_path, monkeypatch, 
     assert (config.data.num_classes, config.data.img_size) == (1000, 64)
     labels = pd.read_parquet(run_dir / "verdicts")["label"]
     assert set(labels) == {0, 281}
+    own = ["evaluate.py", f"ckpt={run_dir}", "data=imagenet_a", f"data.root={ood}", "eval=[clean]"]
+    monkeypatch.setattr(sys, "argv", [*own, f"run_dir={tmp_path / 'a'}"])
+    evaluate_main()
+    config = OmegaConf.load(tmp_path / "a" / "config.yaml")
+    assert (config.data.name, config.data.img_size) == ("imagenet_a", 64), "the image size belongs to the model"
     (root / "val" / "n01440764" / "ILSVRC2012_val_00000003.JPEG").write_bytes(b"")
     (ood / "imagenet-a" / "n01498041" / "ILSVRC2012_val_00000002.JPEG").write_bytes(b"nothing")
     sets = ["eval=[clean,ood]", f"eval.ood.root={ood}", f"run_dir={tmp_path / 'ood-run'}"]

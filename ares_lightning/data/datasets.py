@@ -130,7 +130,12 @@ class ImageSet(Dataset[Sample | Unreadable]):
             return to_tensor(self.augment(image, keyed_random("augment", self.seed, draw, sample_id)))
         image = self.source.read(sample_id, self.in_chans)
         if self.prepare:
-            image = self.prepare(image)
+            try:
+                image = self.prepare(image)
+            except (ValueError, ZeroDivisionError) as error:
+                raise ImageError(
+                    f"{self.sample_name(sample_id)}: is too small ({image.size}) to be prepared"
+                ) from error
         if self.corruption:
             image = self.corruption(image, sample_id)
         return to_tensor(image)

@@ -116,10 +116,9 @@ def find_split(root: Path, split: str) -> str | None:
 def read_wnid_folders(name: str, root: Path, folder: str, chosen: Sequence[int] | None = None) -> FileSource:
     """Read class folders named by WordNet ids.
 
-    chosen: the labels of the set's classes, where the network is to answer among these alone; other folders are
-        left out.
+    chosen: the labels of the set's classes, where the network is to answer among these alone.
 
-    Raises ValueError naming `data.root` for folders that are none of the 1000 classes.
+    Raises ValueError naming `data.root` for folders that are none of the classes.
     """
     folders = class_folders(root, folder)
     unknown = [found.name for found in folders if found.name not in places()]
@@ -131,9 +130,12 @@ def read_wnid_folders(name: str, root: Path, folder: str, chosen: Sequence[int] 
     if chosen is None:
         return source_of_folders(name, root, folders, class_names(), places())
     label_of = {wnids()[place]: label for label, place in enumerate(chosen)}
-    folders = [found for found in folders if found.name in label_of]
-    if not folders:
-        raise ValueError(f"data.root={root}: none of the {len(chosen)} classes of {name} is there")
+    others = [found.name for found in folders if found.name not in label_of]
+    if others:
+        raise ValueError(
+            f"data.root={root}: {len(others)} of {len(folders)} folders are none of the {len(chosen)} classes of "
+            f"{name}: {abridged(others)}; it is another set"
+        )
     classes = [class_names()[place] for place in chosen]
     return source_of_folders(name, root, folders, classes, label_of, outputs=among(chosen))
 
@@ -199,8 +201,7 @@ def _flat_labels(root: Path, folder: str) -> Mapping[str, str]:
     around = [place for place in (root / folder, *(root / folder).parents) if place.is_relative_to(root)]
     for place in [*around, root.parent]:
         if (place / KAGGLE_LABELS).is_file():
-            with open(place / KAGGLE_LABELS, newline="") as file:
-                return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+            return _kaggle_labels(place / KAGGLE_LABELS)
         for name in DEVKITS:
             if (place / name).exists():
                 return _devkit_labels(place / name)
@@ -208,6 +209,19 @@ def _flat_labels(root: Path, folder: str) -> Mapping[str, str]:
         f"data.root={root}: {folder}/ is flat, and neither {' nor '.join(DEVKITS)} nor {KAGGLE_LABELS} is "
         "beside it; put one there, or sort the images into <wnid> folders"
     )
+
+
+def _kaggle_labels(path: Path) -> Mapping[str, str]:
+    """Read Kaggle's table: an image, and its class before each of its boxes."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            labels = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    except (KeyError, IndexError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.root={path.parent}: {path.name} is not as published; download it again") from error
+    unknown = set(labels.values()) - places().keys()
+    if unknown:
+        raise ValueError(f"data.root={path.parent}: {path.name} has {unknown.pop()}, which is no class of ImageNet")
+    return labels
 
 
 def _devkit_labels(devkit: Path) -> Mapping[str, str]:

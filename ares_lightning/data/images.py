@@ -62,7 +62,7 @@ def decode(file: Path | BinaryIO, in_chans: int, name: Path | None = None) -> Im
 def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
     """Convert an image of any mode to grey (`in_chans=1`) or RGB (3), 8 bits a channel; alpha is dropped."""
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255 instead of scaling it
-        image = Image.fromarray(np.round(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8))
+        image = Image.fromarray(np.round(np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
     mode = "L" if in_chans == 1 else "RGB"
     if image.mode == mode:
         image.load()

@@ -73,8 +73,8 @@ class ImageLoader(DataLoader[Any]):
     """Batches of an image set, which knows how far it is and goes on from there.
 
     skipped: where the messages about images that cannot be used are put, by the names of their samples.
-    `state_dict` after any batch, given to `load_state_dict` of a new loader before it is iterated, gives exactly
-    the batches that were still to come, if a step takes as many images over all ranks.
+    With a ShardedSampler, `state_dict` after any batch, given to `load_state_dict` of a new loader before it is
+    iterated, gives exactly the batches that were still to come, if a step takes as many images over all ranks.
 
     Raises ImageError where not one image of a training batch can be read, since ranks must stay in step.
     """

@@ -25,7 +25,8 @@ class BatchAugmentation:
         2018, arXiv 1710.09412). cutmix: the same for the area of a pasted rectangle (Yun et al. 2019, arXiv
         1905.04899). With both, each step takes one of them, at even odds. The partner of an image is the one that
         stands as far from the end of the batch as it does from the beginning.
-    erasing: share of the images of which a rectangle is replaced by uniform noise.
+    erasing: share of the images of which a rectangle is replaced by uniform noise; the copies that repeated
+        augmentation makes of an image are erased alike.
     seed: mixing is keyed by (seed, step), erasing by (seed, epoch, sample id).
 
     Raises ValueError naming the key, its value and the remedy.

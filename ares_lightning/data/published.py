@@ -117,7 +117,10 @@ def load_image_sets(name: str, root: str | Path | None, wishes: Wishes) -> Image
         return _split(wishes, source, pool, wishes.make(source, test_ids, None), None, None)
     folder = _checked_root(name, root)
     if name in VARIANTS:
-        return ImageSets(None, None, load_variant(VARIANTS[name], folder, wishes))
+        test_set = load_variant(VARIANTS[name], folder, wishes)
+        if not len(test_set):
+            raise ValueError(f"data.root={root}: none of the images there is of a class of {name}")
+        return ImageSets(None, None, test_set)
     if name in CIFARS:
         train, test = _read_cifar(name, folder, wishes)
         return _all(wishes, train, test, None, crop_and_flip)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ class Labels:
     """The right answers of a set, and among which classes they are looked for.
 
     classes: names, in the order of the labels.
-    labels: int64 [N], the class of each sample, the first of them where several are right.
+    labels: int64 [N], the class of each sample, the smallest of them where several are right.
     accepted: sample id to all its right classes, where samples have several; None where each has one.
     outputs: int64 [outputs of the network], the class that each output of the network stands for, −1 for those that
         do not count; None where output i is class i. Of the outputs of one class the largest counts.
@@ -116,22 +117,27 @@ class ParquetSource:
     def __init__(self, name: str, root: Path, files: Sequence[Path], classes: tuple[str, ...]) -> None:
         self.name, self.root = name, root
         self._groups: list[tuple[Path, int]] = []
-        first, lists = [0], []
+        first: list[int] = [0]
+        lists: list[frozenset[int]] = []
         for path in files:
             try:
                 table = pq.ParquetFile(path)
-                lists += table.read(columns=["label"])["label"].to_pylist()
-            except (OSError, ValueError, KeyError) as error:
+                rights = [frozenset(right) for right in table.read(columns=["label"])["label"].to_pylist()]
+                if not all(rights):
+                    raise ValueError("a row without a label")
+            except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
                 raise ValueError(
-                    f"{path}: is no readable Parquet file with the columns image and label; download it again"
+                    f"data.root={root}: {path.name} is no readable Parquet file with the columns image and "
+                    "label, a list of right classes; download it again"
                 ) from error
+            lists += rights
             for group in range(table.num_row_groups):
                 self._groups.append((path, group))
                 first.append(first[-1] + table.metadata.row_group(group).num_rows)
         self._first = np.array(first)
         self._kept: tuple[int, list[bytes]] = (-1, [])
-        accepted = dict(enumerate(frozenset(right) for right in lists))
-        labels = torch.tensor([right[0] for right in lists], dtype=torch.int64)
+        accepted = dict(enumerate(lists))
+        labels = torch.tensor([min(right) for right in lists], dtype=torch.int64)
         self.labels = Labels(classes, labels, accepted)
 
     def sample_name(self, sample_id: int) -> str:
@@ -146,8 +152,11 @@ class ParquetSource:
         group, row = self._place(sample_id)
         if self._kept[0] != group:
             path, number = self._groups[group]
-            images = pq.ParquetFile(path).read_row_group(number, columns=["image"])["image"]
-            self._kept = (group, [image["bytes"] for image in images.to_pylist()])
+            try:
+                images = pq.ParquetFile(path).read_row_group(number, columns=["image"])["image"].to_pylist()
+                self._kept = (group, [image["bytes"] for image in images])
+            except (OSError, KeyError, TypeError, pa.ArrowException) as error:
+                raise ImageError(f"{path}: row group {number} cannot be read; download the file again") from error
         return decode(io.BytesIO(self._kept[1][row]), in_chans, self.root / self.sample_name(sample_id))
 
     def _place(self, sample_id: int) -> tuple[int, int]:
@@ -210,8 +219,12 @@ def source_of_folders(
 
 def image_names(root: Path, folder: str) -> list[str]:
     """Return the paths below `root` of the image files in `root/folder`, at any depth, in no order."""
-    names = []
-    for parent, _, file_names in os.walk(root / folder, followlinks=True):
+    names: list[str] = []
+    seen: set[str] = set()
+    for parent, _, file_names in os.walk(root / folder, followlinks=True, onerror=_unreadable):
+        if os.path.realpath(parent) in seen:  # a link back to a folder above
+            continue
+        seen.add(os.path.realpath(parent))
         below_root = Path(parent).relative_to(root)
         names += [
             (below_root / file_name).as_posix()
@@ -221,9 +234,13 @@ def image_names(root: Path, folder: str) -> list[str]:
     return names
 
 
+def _unreadable(error: OSError) -> None:
+    raise ValueError(f"data.root: {error.filename}: cannot be looked into ({error.strerror})") from error
+
+
 def visible(folder: Path) -> list[Path]:
-    """Return the entries of a folder whose names do not begin with a dot."""
-    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    """Return the entries of a folder but hidden ones, and but what file systems keep at their root."""
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name != "lost+found"]
 
 
 def first_entries(folder: Path) -> str:

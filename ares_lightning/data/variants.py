@@ -242,7 +242,8 @@ def open_variant(variant: Variant, folder: Path, cell: Cell | None = None) -> tu
     if variant.corruptions:
         found = cells(variant, folder)
         if cell is None or cell not in found:
-            asked = "" if cell is None else f"{cell.corruption} at severity {cell.severity} is not there; "
+            whole = cell is not None and cell.severity
+            asked = f"{cell.corruption} at severity {cell.severity} is not there; " if cell and whole else ""
             names = list(dict.fromkeys(known.corruption for known in found))
             raise ValueError(
                 f"data.corruption: {asked}{variant.title} in {folder} has {abridged(names) or 'no corruption'}; "
@@ -292,13 +293,16 @@ def _read_numbered(variant: Variant, folder: Path, cell: Cell | None) -> tuple[S
     """Read folders called by the number of their class, `7` or `0007`, or by its WordNet id."""
     folders = class_folders(folder)
     label_of = {}
-    for name, _ in folders:
+    for name, images in folders:
         number = int(name) if name.isdecimal() else imagenet.places().get(name, -1)
         if not 0 <= number < imagenet.NUM_CLASSES:
             raise ValueError(
                 f"data.root={folder}: {name}/ is neither a number from 0 to 999 nor a class of ImageNet; remove it"
             )
         label_of[name] = number
+        nested = [image for image in images if image.count("/") > 1]
+        if nested:
+            raise ValueError(f"data.root={folder}: {nested[0]} lies deeper than <class>/<image>; it is another set")
     return source_of_folders(variant.key, folder, folders, imagenet.class_names(), label_of), None
 
 
@@ -332,9 +336,9 @@ def _read_objectnet(variant: Variant, folder: Path, cell: Cell | None) -> tuple[
 
 def _read_mapping(path: Path) -> Mapping[str, str]:
     try:
-        mapping: Mapping[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        mapping: Mapping[str, str] = dict(json.loads(path.read_text(encoding="utf-8")).items())
         return mapping
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"data.root={path.parents[1]}: mappings/{path.name} cannot be read; it comes with ObjectNet"
         ) from error

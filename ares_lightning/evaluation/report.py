@@ -122,17 +122,22 @@ class Run:
     @property
     def listed(self) -> list[Row]:
         """The rows but those of single corruptions, which `corruptions` has."""
-        return [row for row in self.rows if row.cell is None]
+        return [row for row in self.rows if not self._is_cell(row)]
 
     @property
     def corruptions(self) -> dict[str, dict[str, dict[str, Row]]]:
         """Rows by set of corruptions, corruption and severity."""
         tables: dict[str, dict[str, dict[str, Row]]] = {}
         for row in self.rows:
-            if row.cell is not None:
+            if row.cell is not None and self._is_cell(row):
                 family, name, severity = row.cell
                 tables.setdefault(family, {}).setdefault(name, {})[severity] = row
         return tables
+
+    def _is_cell(self, row: Row) -> bool:
+        """Whether a row is one of those that a table of corruptions is made of."""
+        main = next((each["set"] for each in self.about.get("sets", [])), None)
+        return row.cell is not None and row.metric == "clean_accuracy" and row.set != main
 
     @property
     def asked(self) -> list[dict[str, Any]]:

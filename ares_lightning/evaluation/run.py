@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from ares_lightning.attacks import Threat
 from ares_lightning.attacks.passes import Passes
-from ares_lightning.data import Batch, ImageSet, subset_hash
+from ares_lightning.data import Batch, ImageError, ImageSet, subset_hash
+from ares_lightning.data.datasets import Unreadable
 from ares_lightning.evaluation.corruption_error import corruption_rows
 from ares_lightning.evaluation.evaluators import Evaluator, SetsEvaluator, Verdicts
 from ares_lightning.evaluation.metrics import summarise
@@ -108,7 +110,7 @@ class Evaluation:
 
     def _fingerprint(self, evaluator: Evaluator, dataset: ImageSet) -> str:
         """Return a hash of everything that decides a verdict on a given model and sample."""
-        parts = f"{evaluator.fingerprint(self.seed, self.precision)} {dataset.name} {dataset.preparation}"
+        parts = f"{evaluator.fingerprint(self.seed, self.precision)} {dataset.name} {_source_fingerprint(dataset)}"
         return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
 
     def _set_fingerprint(self) -> str:
@@ -265,6 +267,31 @@ class Evaluation:
                 "backwards": outcome.backwards.cpu().numpy(),
             }
         )
+
+
+def _source_fingerprint(dataset: ImageSet) -> str:
+    """Return a hash of the whole set that samples are taken from: names, labels, and its first image as
+    prepared."""
+    if dataset.source not in _FINGERPRINTS:
+        labels = dataset.source.labels.labels
+        whole = replace(dataset, sample_ids=torch.arange(len(labels)), corruption=None)
+        digest = hashlib.blake2b(f"{subset_hash(whole)} {whole.preparation}".encode(), digest_size=8)
+        digest.update(labels.numpy().tobytes())
+        digest.update(_first_image(whole))
+        _FINGERPRINTS[dataset.source] = digest.hexdigest()
+    return _FINGERPRINTS[dataset.source]
+
+
+def _first_image(dataset: ImageSet) -> bytes:
+    """Return the pixels of the first image, nothing where it cannot be read: whoever asks about it will be told."""
+    try:
+        sample = dataset[0]
+    except ImageError:
+        return b""
+    return b"" if isinstance(sample, Unreadable) else sample[0].numpy().tobytes()
+
+
+_FINGERPRINTS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def _answering(net: nn.Module, dataset: ImageSet) -> nn.Module:

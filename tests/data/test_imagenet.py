@@ -18,6 +18,7 @@ from scipy.io import savemat
 from ares_lightning.data import ImageSets, Wishes, load_image_sets, select_subset, subset_hash
 from ares_lightning.data.imagenet import class_names, wnids
 
+TENCH = "n01440764"
 KNOWN = {"n01440764": 0, "n01443537": 1, "n01518878": 9, "n02123045": 281, "n03908714": 710, "n15075141": 999}
 """Some WordNet ids and their labels, as in the lists that everyone uses: tench 0, goldfish 1, ostrich 9, tabby 281,
 pencil sharpener 710, toilet tissue 999."""
@@ -129,6 +130,24 @@ def test_kaggles_layout_takes_them_from_its_table(tmp_path):
     (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines))
     test = load("imagenet", tmp_path).test
     assert {test.sample_name(i): int(test.source.labels.labels[i]) for i in range(len(test))} == expected
+
+
+@pytest.mark.parametrize("content", ["ImageId,Label\na,b", "ImageId,PredictionString\nILSVRC2012_val_00000001,"])
+def test_a_table_that_is_not_kaggles_is_named(content, tmp_path):
+    write_flat(tmp_path, "val")
+    (tmp_path / "LOC_val_solution.csv").write_text(content)
+    with pytest.raises(ValueError, match=r"LOC_val_solution\.csv is not as published; download it again"):
+        load("imagenet", tmp_path)
+    (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\na,n99999999 1 2 3 4")
+    with pytest.raises(ValueError, match=r"LOC_val_solution\.csv has n99999999, which is no class of ImageNet"):
+        load("imagenet", tmp_path)
+
+
+def test_a_link_to_itself_and_lost_and_found_do_not_count(tmp_path):
+    write_val(tmp_path)
+    (tmp_path / "val" / "lost+found").mkdir()
+    (tmp_path / "val" / TENCH / "loop").symlink_to(tmp_path / "val" / TENCH)
+    assert load("imagenet", tmp_path).test.labels.tolist() == sorted(KNOWN.values())
 
 
 def test_flat_images_without_labels_are_refused(tmp_path):

@@ -310,6 +310,35 @@ def test_hard_has_lists_of_right_answers(tmp_path):
         assert test[number][0].permute(1, 2, 0).numpy().tolist() == alone.tolist()
 
 
+def test_a_damaged_file_of_hard_is_an_image_error_or_told_at_once(tmp_path):
+    write_hard(tmp_path)
+    path = tmp_path / "data" / "validation-00000-of-00002.parquet"
+    test = load("imagenet_hard", tmp_path)
+    content = bytearray(path.read_bytes())
+    content[200:2000] = bytes(1800)
+    path.write_bytes(bytes(content))
+    with pytest.raises(ImageError, match=r"00000-of-00002\.parquet"):
+        [test[i] for i in range(3)]
+    pd.DataFrame({"image": [{"bytes": b"", "path": ""}], "label": [[]]}).to_parquet(path)
+    with pytest.raises(ValueError, match=r"00000-of-00002\.parquet is no readable Parquet file with the columns"):
+        load("imagenet_hard", tmp_path)
+
+
+def test_what_is_another_set_is_refused(tmp_path):
+    save(tmp_path / "n01498041" / "0.jpg", 0)
+    save(tmp_path / TENCH / "0.jpg", 0)
+    with pytest.raises(
+        ValueError, match=rf"1 of 2 folders are none of the 200 classes of imagenet_a: {TENCH}; it is"
+    ):
+        load("imagenet_a", tmp_path)
+    save(tmp_path / "fog" / "1" / TENCH / "0.jpg", 0)
+    with pytest.raises(ValueError, match=r"1/n01440764/0\.jpg lies deeper than <class>/<image>; it is another set"):
+        load("imagenet_v2", tmp_path / "fog")
+    save(tmp_path / "in" / "val" / "n01496331" / "0.jpg", 0)
+    with pytest.raises(ValueError, match=r"none of the images there is of a class of imagenet_200_a"):
+        load("imagenet_200_a", tmp_path / "in")
+
+
 def test_a_broken_image_of_hard_names_file_and_row(tmp_path):
     write_hard(tmp_path, broken=True)
     with pytest.raises(ImageError, match=r"00001-of-00002\.parquet/00000: cannot be decoded"):

@@ -169,6 +169,38 @@ def test_an_attack_on_a_part_of_the_classes_stays_among_them(imagenet, tmp_path)
     assert (rows["clean_prediction"] == rows["label"]).all()
 
 
+def test_a_set_is_asked_about_once_and_each_time_it_has_changed(imagenet, tmp_path):
+    folder = tmp_path / "ood" / "imagenet-r"
+    mark(folder / "n02123045" / "a.png", 281)
+    data = data_of(folder, name="imagenet_r")
+    evaluators = lambda: [CleanEvaluator("clean"), published(data, tmp_path / "ood")]  # noqa: E731
+    first = evaluate(data, evaluators(), tmp_path / "run")
+    assert [(row["set"], row["n"]) for row in first] == [("imagenet_r", 1)] * 2, "the data's own set comes once"
+    mark(folder / "n01443537" / "a.png", 0)  # comes before the other; its old verdict has another image now
+    mark(folder / "n02123045" / "a.png", 0)
+    data = data_of(folder, name="imagenet_r")
+    again = evaluate(data, evaluators(), tmp_path / "run")
+    assert [(row["n"], row["value"]) for row in again] == [(2, 0.5)] * 2
+    mark(folder / "n01443537" / "a.png", 5)  # the same names, other pixels
+    data = data_of(folder, name="imagenet_r")
+    assert evaluate(data, [CleanEvaluator("clean")], tmp_path / "run")[0]["value"] == 0.5
+    twice = {"sets": ["imagenet_r", "imagenet_r"], "severities": [3, 3]}
+    data = data_of(imagenet)
+    assert len(published(data, tmp_path / "ood", **twice).sets) == 2
+
+
+def test_one_cell_of_corruptions_is_a_result_of_its_own(imagenet, tmp_path):
+    for wnid, label in WNIDS.items():
+        mark(tmp_path / "imagenet-c" / "fog" / "3" / wnid / "a.png", label)
+    data = data_of(tmp_path, name="imagenet_c", corruption="fog", severity=3)
+    evaluate(
+        data, [CleanEvaluator("clean"), AttackEvaluator("noise", make_attack("noise", eps=0.1))], tmp_path / "run"
+    )
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert "imagenet_c/fog/3</td>" in page
+    assert "Corruptions of" not in page
+
+
 def test_one_path_each_and_some_keys_alone(imagenet, tmp_path):
     mark(tmp_path / "elsewhere" / "n01443537" / "a.png", 1)
     data = data_of(imagenet)
@@ -180,8 +212,19 @@ def test_one_path_each_and_some_keys_alone(imagenet, tmp_path):
         published(data, None, paths={"imagenet_a": str(tmp_path)})
     with pytest.raises(ValueError, match=r"^sets=imagenet_z: is no set for imagenet; expected some of imagenet_v2"):
         published(data, None, sets=["imagenet_z"])
-    with pytest.raises(ValueError, match=r"^root=None: none of imagenet_a is there under its published name"):
+    with pytest.raises(ValueError, match=r"^sets=imagenet_a: is not below root=None under its published name"):
         published(data, None, sets=["imagenet_a"])
+    with pytest.raises(
+        ValueError, match=r"^paths\.imagenet_r=.*: is not among sets=\['imagenet_a'\]; add it there"
+    ):
+        published(data, None, sets=["imagenet_a"], paths=paths)
+    with pytest.raises(ValueError, match=r"^root=/gone: is no folder"):
+        published(data, Path("/gone"))
+    for severities in (3, [], [0], ["fog"]):
+        with pytest.raises(ValueError, match=r"^severities=.*: expected a list of some of 1 to 5"):
+            published(data, tmp_path, severities=severities)
+    with pytest.raises(ValueError, match=r"^sets=imagenet_a: expected null, or a list"):
+        published(data, None, sets="imagenet_a")
 
 
 def test_a_network_of_other_classes_is_refused():
@@ -222,8 +265,11 @@ def test_corruptions_made_on_the_fly_do_not_depend_on_batch_size(tmp_path):
     assert len(corrupted_sets(data, data.test_set, "all", SEVERITIES).sets) == 1 + 19 * 5
     with pytest.raises(ValueError, match=r"^names=fog: expected null, all, or a list"):
         corrupted_sets(data, data.test_set, "fog", [1])
-    with pytest.raises(ValueError, match=r"^severity=7"):
+    with pytest.raises(ValueError, match=r"^names=rain: expected some of gaussian_noise"):
+        corrupted_sets(data, data.test_set, ["rain"], [1])
+    with pytest.raises(ValueError, match=r"^severities=\[7\]"):
         corrupted_sets(data, data.test_set, ["fog"], [7])
+    assert len(corrupted_sets(data, data.test_set, ["fog", "fog"], [1, 1]).sets) == 2
 
 
 # --- mean corruption errors --------------------------------------------------------------------------------------
