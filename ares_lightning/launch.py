@@ -186,8 +186,8 @@ def _evaluate(
     covered, classes = len(set(evaluation.dataset.labels.tolist())), len(evaluation.dataset.classes)
     if evaluation.subset and covered < classes:
         print(f"subset={evaluation.subset}: holds {covered} of {classes} classes; random:n@seed draws from all")
-    for key in evaluation.not_found:
-        print(f"not found: {VARIANTS[key].title} ({key})")
+    if evaluation.not_found:
+        print(f"not found: {', '.join(evaluation.not_found)}")
     try:
         summary = evaluation.run(net, run_dir, device)
     except ImageError:
