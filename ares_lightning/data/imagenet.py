@@ -54,19 +54,23 @@ def wnids() -> tuple[str, ...]:
 
 
 @cache
+def _synonyms() -> tuple[str, ...]:
+    """Return all names of each class in WordNet, joined by commas, in the order of the labels."""
+    names = dict(line.split("\t", 1) for line in _read("imagenet_synset_to_lemma.txt").splitlines())
+    return tuple(names[wnid] for wnid in wnids())
+
+
+@cache
 def lemmas() -> dict[str, int]:
-    """Return the label of each class by all its names in WordNet, joined by commas; two pairs of classes share
-    theirs and are left out."""
-    lines = dict(line.split("\t", 1) for line in _read("imagenet_synset_to_lemma.txt").splitlines())
-    names = [lines[wnid] for wnid in wnids()]
+    """Return the label of each class by all its names, joined by commas, but of those that share them."""
+    names = _synonyms()
     return {name: place for place, name in enumerate(names) if names.count(name) == 1}
 
 
 @cache
 def class_names() -> tuple[str, ...]:
     """Return the names of the 1000 classes, the first word for each, in the order of their labels."""
-    lemmas = dict(line.split("\t", 1) for line in _read("imagenet_synset_to_lemma.txt").splitlines())
-    return tuple(lemmas[wnid].split(",")[0] for wnid in wnids())
+    return tuple(names.split(",")[0] for names in _synonyms())
 
 
 @cache

@@ -92,9 +92,8 @@ class RobustDataModule(L.LightningDataModule):
         self.skipped: dict[str, str] = {}
         self.root = None if root is None else Path(root).expanduser()
         self.network = VARIANTS[name].network if name in VARIANTS else name
-        (
-            self._train_set or self.test_set
-        ).example()  # an image of another size than the model's is better found now
+        first = self._train_set or self.test_set
+        first.example()  # an image of another size than the model's is better found now
 
     @property
     def train_set(self) -> ImageSet:

@@ -270,8 +270,7 @@ class Evaluation:
 
 
 def _source_fingerprint(dataset: ImageSet) -> str:
-    """Return a hash of the whole set that samples are taken from: names, labels, and its first image as
-    prepared."""
+    """Return a hash of the whole set that samples are taken from: names, labels, first image as prepared."""
     if dataset.source not in _FINGERPRINTS:
         labels = dataset.source.labels.labels
         whole = replace(dataset, sample_ids=torch.arange(len(labels)), corruption=None)

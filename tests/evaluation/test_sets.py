@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ares_lightning.attacks import Threat, make_attack
-from ares_lightning.data import RobustDataModule
+from ares_lightning.data import VARIANTS, RobustDataModule
 from ares_lightning.data.alexnet import CLEAN_ERROR, ON_IMAGENET_3DCC, ON_IMAGENET_C
 from ares_lightning.data.corruptions import COMMON, SEVERITIES
 from ares_lightning.evaluation.corruption_error import (
+    REFERENCES,
     corruption_errors,
     corruption_rows,
     mean_corruption_error,
@@ -273,6 +274,11 @@ def test_corruptions_made_on_the_fly_do_not_depend_on_batch_size(tmp_path):
 
 
 # --- mean corruption errors --------------------------------------------------------------------------------------
+
+
+def test_the_table_of_sets_says_which_have_a_mean_corruption_error():
+    assert {key for key, variant in VARIANTS.items() if variant.metric == "mce"} == set(REFERENCES)
+    assert set(REFERENCES["imagenet_3dcc"]) == set(VARIANTS["imagenet_3dcc"].corruptions)
 
 
 def test_alexnet_has_exactly_a_hundred():
