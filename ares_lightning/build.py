@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,16 +38,27 @@ from ares_lightning.evaluation.curves import BisectedCurve, BracketedCurve, Curv
 from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator, Evaluator, SetsEvaluator
 from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.evaluation.sets import FoundSets, corrupted_sets, published_sets
-from ares_lightning.models import Classifier, load_timm_weights, load_weights, make_classifier, make_defense
+from ares_lightning.models import (
+    Classifier,
+    load_network,
+    load_timm_weights,
+    load_weights,
+    make_classifier,
+    make_defense,
+    read_checkpoint,
+)
+from ares_lightning.models.checkpoints import find_checkpoint
 from ares_lightning.models.defenses import Defense
 from ares_lightning.models.preprocessing import own_preprocessing
-from ares_lightning.models.weights import WHICH, no_such_weights, timm_name
+from ares_lightning.models.weights import WHICH, no_such_weights, timm_name, trained_weights
 from ares_lightning.models.zoo import find_file
-from ares_lightning.training import AdversarialTraining, Objective, RobustTraining, StandardTraining
+from ares_lightning.training import RobustTraining
 from ares_lightning.training.loggers import MetricsFile
 from ares_lightning.training.module import MONITORED, to_pixels
+from ares_lightning.training.objectives import OBJECTIVES, AuxiliaryNorms, InnerAttack, Objective
 from ares_lightning.training.optim import OptimSettings
 from ares_lightning.training.progress import TrainingProgress
+from ares_lightning.training.tricks import AWP, EMA, SWA, NonFiniteGuard, OverfittingProbe
 
 
 class ConfigError(ValueError):
@@ -179,6 +191,7 @@ def build_classifier(cfg: DictConfig, num_classes: int) -> Classifier:
             img_size=facts["img_size"],
             mean=model["mean"] or facts["mean"],
             std=model["std"] or facts["std"],
+            activation=model["activation"],
             defense=_defense(cfg),
             **model["settings"],
         )
@@ -237,13 +250,61 @@ def _is_random(cfg: DictConfig) -> bool:
     return defense is not None and defense.is_random
 
 
-def build_objective(cfg: DictConfig) -> Objective:
-    """Build the training objective of `adv`."""
+def build_objective(cfg: DictConfig, net: Classifier, num_classes: int) -> Objective:
+    """Build the training objective of `adv` for a network."""
     settings = {key: value for key, value in _plain(cfg.adv).items() if key != "val_steps"}
-    if settings["name"] == "none":
-        return StandardTraining()
+    name = settings.pop("name")
+    if name not in OBJECTIVES:
+        raise ConfigError(f"adv.name={name}: expected one of {', '.join(OBJECTIVES)}")
+    takes = inspect.signature(OBJECTIVES[name]).parameters
+    arguments: dict[str, Any] = {key: settings.pop(key) for key in takes if key in settings}
     with section("adv"):
-        return AdversarialTraining(make_attack(**settings), seed=cfg.seed)
+        if "norms" in takes:
+            split = settings.pop("split_bn")
+            if type(split) is not bool:
+                raise ValueError(f"split_bn={split}: expected true or false")
+            arguments["norms"] = AuxiliaryNorms(net) if split else None
+        if "teacher" in takes:
+            arguments["teacher"] = _teacher(cfg, num_classes)
+        if "threat" in takes:
+            arguments["threat"] = Threat(settings.pop("norm"), parse_budget(settings.pop("eps")))
+        if "inner" in takes:
+            arguments["inner"] = _inner_attack(settings, cfg.seed)
+        elif settings:
+            raise ValueError(f"{next(iter(settings))}: no such key; {_HOW_TO_LIST_KEYS}")
+        return OBJECTIVES[name](**arguments)
+
+
+def _inner_attack(settings: dict[str, Any], seed: int) -> InnerAttack:
+    own = {key: settings.pop(key) for key in ("eps_warmup_epochs", "step_warmup_epochs") if key in settings}
+    mode, attack = settings.pop("attack_mode", "eval"), settings.pop("attack")
+    return InnerAttack(attack=make_attack(attack, **settings), seed=seed, mode=mode, **own)
+
+
+def _teacher(cfg: DictConfig, num_classes: int) -> Classifier:
+    """Build the network of `adv.teacher`: a checkpoint or run folder of this project, or settings as in `model`."""
+    teacher = _plain(cfg.adv)["teacher"]
+    if teacher is None:
+        raise ValueError("teacher=null: give a checkpoint or a run folder, or {name: …, weights: …} as in model")
+    own = cfg.copy()
+    if isinstance(teacher, dict):
+        fresh: dict[str, Any] = {"settings": {}, "activation": None, "defense": None, "key": teacher.get("name")}
+        own.model = {**_plain(cfg.model), **fresh, **teacher}
+        net = build_classifier(own, num_classes)
+        if take_weights(own, net) is None:
+            raise ValueError(f"teacher={teacher}: has no weights; give weights: <file or tag>")
+        return net
+    path = find_checkpoint(Path(str(teacher)))
+    checkpoint = read_checkpoint(path)
+    saved = OmegaConf.create(checkpoint["config"])
+    if saved.data.num_classes != num_classes or saved.data.img_size != cfg.data.img_size:
+        raise ValueError(
+            f"teacher={teacher}: knows {saved.data.num_classes} classes of {saved.data.img_size} pixels, the "
+            f"student {num_classes} of {cfg.data.img_size}"
+        )
+    net = build_classifier(saved, num_classes)
+    load_network(net, trained_weights(checkpoint, path, None), path)
+    return net
 
 
 def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> RobustTraining:
@@ -261,17 +322,56 @@ def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> Ro
         raise ConfigError(f"aug.label_smoothing={smoothing}: expected a number from 0 to below 1")
     with section("aug"):
         augmentation = BatchAugmentation(cfg.aug.mixup, cfg.aug.cutmix, cfg.aug.erasing, seed=cfg.seed)
+    objective = build_objective(cfg, net, data.num_classes)
+    _check_together(cfg, objective)
     return RobustTraining(
         net,
         num_classes=data.num_classes,
-        objective=build_objective(cfg),
+        objective=objective,
         optim=optim,
         val_attack=val_attack,
         label_smoothing=smoothing,
         augmentation=augmentation,
         seed=cfg.seed,
+        compile=cfg.trainer.compile,
         config=_plain(cfg),
     )
+
+
+def _check_together(cfg: DictConfig, objective: Objective) -> None:
+    """Raise ConfigError for settings of which each makes sense, but not beside the other."""
+    name, tricks, aug = cfg.adv.name, _plain(cfg.get("trick")), cfg.aug
+    mixes = aug.mixup or aug.cutmix
+    if {"ema", "swa"} <= tricks.keys():
+        raise ConfigError("trick=[ema,swa]: both say what the averaged weights are; take one of them")
+    probe = tricks.get("overfitting_probe", {})
+    if probe.get("action") == "fall_back" and {"ema", "swa"} & tricks.keys():
+        raise ConfigError(
+            "trick.overfitting_probe.action=fall_back: the average of trick=[ema] or [swa] has no way back; set "
+            "stop"
+        )
+    if probe and name == "none":
+        raise ConfigError("trick=[overfitting_probe]: adv=none trains against no attack; leave it out")
+    if objective.wants_class_labels and (aug.label_smoothing or mixes):
+        key = "label_smoothing" if aug.label_smoothing else "mixup" if aug.mixup else "cutmix"
+        raise ConfigError(f"aug.{key}={aug[key]}: the loss of adv={name} needs class labels; set it to 0")
+    if objective.num_views > 1 and mixes:
+        raise ConfigError(
+            f"aug.mixup={aug.mixup}, aug.cutmix={aug.cutmix}: adv={name} pairs two views; set both to 0"
+        )
+    if objective.replays > 1 and cfg.trainer.accumulate_grad_batches > 1:
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches={cfg.trainer.accumulate_grad_batches}: adv={name} updates in every "
+            "replay; set it to 1"
+        )
+    if name == "free" and "awp" in tricks:
+        raise ConfigError(
+            "trick=[awp]: adv=free moves its images in the backward of the loss; leave one of them out"
+        )
+    if objective.differentiates_twice and cfg.trainer.compile:
+        raise ConfigError(
+            f"trainer.compile=true: adv={name} differentiates twice, which compiled networks cannot; set it false"
+        )
 
 
 def rehearse(module: RobustTraining, data: RobustDataModule) -> None:
@@ -287,7 +387,7 @@ def rehearse(module: RobustTraining, data: RobustDataModule) -> None:
 
 def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
     """Build the Lightning Trainer with its callbacks and loggers; writes nothing yet."""
-    settings = _plain(cfg.trainer)
+    settings = {key: value for key, value in _plain(cfg.trainer).items() if key not in _TRAINER_KEYS}
     for key in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch"):
         with section("trainer"):
             check_count(key, settings[key])
@@ -312,8 +412,13 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
         raise ConfigError(f"trainer: {_one_line(error)}") from error
 
 
+_TRAINER_KEYS = ("compile", "activation_checkpointing")
+"""Keys of `trainer` that are no arguments of lightning.Trainer."""
+
+
 def _callbacks(cfg: DictConfig, run_dir: Path, checkpoints: bool) -> list[Callback]:
     callbacks: list[Callback] = [TrainingProgress()] if cfg.callbacks.progress else []
+    callbacks.append(NonFiniteGuard())
     if checkpoints:
         callbacks.append(
             ModelCheckpoint(
@@ -335,10 +440,22 @@ def _callbacks(cfg: DictConfig, run_dir: Path, checkpoints: bool) -> list[Callba
 
 def _early_stopping(cfg: DictConfig, settings: dict[str, Any]) -> Callback:
     checkpoint = cfg.callbacks.checkpoint
-    return EarlyStopping(checkpoint.monitor, mode=checkpoint.mode, patience=settings["patience"])
+    return EarlyStopping(checkpoint.monitor, mode=checkpoint.mode, **settings)
 
 
-_TRICKS = {"early_stopping": _early_stopping}
+def _overfitting_probe(cfg: DictConfig, settings: dict[str, Any]) -> Callback:
+    steps, threat = settings.pop("steps"), build_threat(cfg)
+    attack = make_attack("pgd", norm=threat.norm, eps=threat.eps, steps=steps, step_size="1/4 eps")
+    return OverfittingProbe(attack, seed=cfg.seed, **settings)
+
+
+_TRICKS: dict[str, Callable[[DictConfig, dict[str, Any]], Callback]] = {
+    "ema": lambda cfg, settings: EMA(**settings),
+    "swa": lambda cfg, settings: SWA(**settings),
+    "awp": lambda cfg, settings: AWP(**settings),
+    "early_stopping": _early_stopping,
+    "overfitting_probe": _overfitting_probe,
+}
 
 
 def _loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:

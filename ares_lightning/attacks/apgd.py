@@ -47,17 +47,23 @@ class _APGD(Attack):
     kind: ClassVar[str] = "white-box"
 
     steps: int = 100
+    random_start: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("steps", self.steps)
+        if type(self.random_start) is not bool:
+            raise ValueError(f"random_start={self.random_start}: expected true or false")
+        if self.norm == "l1" and not self.random_start:
+            raise ValueError("random_start=False: the method for l1 begins at random; set true")
 
     def _climb(self, search: Search, aims: Tensor | None, key: int) -> None:
         """Make one run, towards the classes `aims` [n] if there are any, with the random numbers of `key`."""
         if self.norm == "l1":
             images = _sparse_climb(search, aims, self.steps, key)
         else:
-            images = _MomentumAscent(search, _random_start(search, key), aims).climb(self.steps)
+            start = _random_start(search, key) if self.random_start else search.clean
+            images = _MomentumAscent(search, start, aims).climb(self.steps)
         if len(search) and not search.feedback:
             search.finish(images)
 
@@ -69,6 +75,8 @@ class _UntargetedAPGD(_APGD):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("restarts", self.restarts)
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts={self.restarts}: without random_start every run would be the same")
 
     def _run(self, search: Search) -> None:
         for restart in range(self.restarts if search.feedback else 1):
@@ -82,6 +90,7 @@ class APGDCE(_UntargetedAPGD):
     """APGD on the cross-entropy: (steps + 1) F + steps B a restart, for L1 (steps + 3) F; every iterate counts.
 
     steps: 100. restarts: runs from new random points for the samples not yet broken, 1 (AutoAttack makes 5 for L1).
+    random_start: false begins at the clean image (as in training, Singh et al. 2023, arXiv 2303.01870).
 
     `craft` makes one run and returns the iterate with the highest loss.
     """

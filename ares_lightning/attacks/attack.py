@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self, overload
 import torch
 from torch import Tensor
 
-from ares_lightning.attacks.guard import Model, full_precision, guarded
+from ares_lightning.attacks.guard import MODES, Model, full_precision, guarded
 from ares_lightning.attacks.losses import LOSSES, Loss, Objective, as_objective
 from ares_lightning.attacks.passes import Passes, is_broken
 from ares_lightning.attacks.search import Search
@@ -216,6 +216,7 @@ class Attack(ABC):
         loss: Loss | None = None,
         sample_ids: Tensor | Sequence[int] | None = None,
         seed: int = 0,
+        mode: str = "eval",
     ) -> Tensor:
         """Make an adversarial example of every sample and return the last iterates, [N, C, H, W].
 
@@ -224,9 +225,13 @@ class Attack(ABC):
         call, besides:
         labels: int64 [N], or soft labels [N, classes] where the loss takes them.
         loss: another loss to raise, `(logits [N, classes], labels) -> [N]`.
+        mode: `eval`, or `train` to differentiate the model in the mode it is in, dropout drawn and batch norms on
+            the batch's statistics, their running ones untouched; then examples depend on the batch.
 
         Raises ValueError as the call does; the values of tensors that lie on an accelerator are not read.
         """
+        if mode not in MODES:
+            raise ValueError(f"mode={mode}: expected one of {', '.join(MODES)}")
         images, labels, targets, ids = _checked(images, labels, targets, sample_ids)
         self._check_targets(targets is not None)
         if self.nearest and labels.ndim == 2:
@@ -236,7 +241,7 @@ class Attack(ABC):
         objective = self._objective() if loss is None else as_objective(loss)
         passes = Passes(eot=self.eot)
         case = Case(self.name, images, labels, targets, self._budgets(images, None), ids, int(seed), passes)
-        with guarded(model, images.device, case.key):
+        with guarded(model, images.device, case.key, mode):
             return self._craft(model, case, objective, None).images
 
     def _craft(self, model: Model, case: Case, objective: Objective, logits: Tensor | None) -> Search:
@@ -276,6 +281,13 @@ def check_count(key: str, value: object) -> None:
     """Raise ValueError unless `value` is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{key}={value}: expected a whole number of at least 1")
+
+
+def check_number(key: str, value: Any, least: float = 0.0) -> float:
+    """Return a finite number of at least `least`; raise ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+        raise ValueError(f"{key}={value}: expected a number of at least {least:g}")
+    return value
 
 
 def _checked(

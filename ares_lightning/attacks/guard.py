@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +13,16 @@ from torch import Tensor, nn
 Model = Callable[[Tensor], Tensor]
 
 
+MODES = ("eval", "train")
+
+
 @contextmanager
-def guarded(model: Model, device: torch.device, key: tuple[object, ...]) -> Iterator[None]:
+def guarded(model: Model, device: torch.device, key: tuple[object, ...], mode: str = "eval") -> Iterator[None]:
     """Put a model into eval mode with frozen parameters; on leaving, also after an error, it is as it was.
 
     key: from which the random numbers follow that a randomised model draws inside; every other model draws none.
+    mode: `eval`, or `train` to leave every module in the mode that it is in, where batch norms in training mode use
+    the batch's statistics and keep their own as they are.
 
     Restored are the training flag of every sub-module, `requires_grad` of every parameter and the random
     state of the CPU and of `device`. `.grad` is never written, since attacks differentiate with respect to
@@ -32,16 +37,30 @@ def guarded(model: Model, device: torch.device, key: tuple[object, ...]) -> Iter
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
         _seed(device, int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little"))
         try:
-            if isinstance(model, nn.Module) and any(training for _, training in modes):
+            if mode == "eval" and isinstance(model, nn.Module) and any(training for _, training in modes):
                 model.eval()
             for parameter in trainable:
                 parameter.requires_grad_(False)
-            yield
+            with still_statistics(modules):
+                yield
         finally:
             for module, training in modes:
                 module.training = training
             for parameter in trainable:
                 parameter.requires_grad_(True)
+
+
+@contextmanager
+def still_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep the running statistics of the norms among `modules` that are in training mode as they are."""
+    tracking: list[Any] = [m for m in modules if m.training and getattr(m, "track_running_stats", False)]
+    for norm in tracking:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in tracking:
+            norm.track_running_stats = True
 
 
 def _seed(device: torch.device, seed: int) -> None:

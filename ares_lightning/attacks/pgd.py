@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from ares_lightning.attacks.attack import Attack, check_count
 from ares_lightning.attacks.losses import LOSSES, Objective, as_objective
 from ares_lightning.attacks.search import Search
 from ares_lightning.attacks.threat import Budget, parse_budget
+
+OF_BUDGET = " eps"
+"""What follows the number where a step is a multiple of the budget."""
+START_DEVIATION = 0.001
+"""Of the noise around the clean image that TRADES begins with (arXiv 1901.08573, algorithm 1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +71,9 @@ class BIM(_GradientAttack):
     """Basic iterative method: FGSM in small steps from the clean image (k F + k B); any iterate counts.
 
     steps: k, 20 as in ARES-Bench.
-    step_size: length of a step in the norm, a number or text such as "1/255"; None takes the larger of eps / 4
-        (ARES-Bench, arXiv 2302.14301: 1/255 at 4/255) and 2.5 · eps / steps (Madry et al., arXiv 1706.06083, whose
-        few steps can so reach any point of the ball).
+    step_size: length of a step in the norm, a number, text such as "1/255", or a multiple of the budget such as
+        "2/3 eps"; None takes the larger of eps / 4 (ARES-Bench, arXiv 2302.14301: 1/255 at 4/255) and
+        2.5 · eps / steps (Madry et al., arXiv 1706.06083, whose few steps can so reach any point of the ball).
 
     Kurakin et al. 2017, arXiv 1607.02533, section 2.2.
     """
@@ -82,20 +88,45 @@ class BIM(_GradientAttack):
         super().__post_init__()
         check_count("steps", self.steps)
         if self.step_size is not None:
-            object.__setattr__(self, "step_size", parse_budget(self.step_size, "step_size"))
+            object.__setattr__(self, "step_size", _parse_step(self.step_size))
 
     def _step_size(self, eps: Tensor) -> Budget:
-        return max(1 / 4, 2.5 / self.steps) * eps if self.step_size is None else float(self.step_size)
+        if self.step_size is None:
+            return max(1 / 4, 2.5 / self.steps) * eps
+        if isinstance(self.step_size, str):
+            return parse_budget(self.step_size.removesuffix(OF_BUDGET)) * eps
+        return self.step_size
+
+    def scale_step(self, factor: float) -> Self:
+        """Return the attack with steps `factor` times as long."""
+        if isinstance(self.step_size, float):
+            return self.replace(step_size=factor * self.step_size)
+        return self.replace(step_size=f"{factor * float(self._step_size(torch.ones(())))}{OF_BUDGET}")
+
+    def _climb(self, search: Search, images: Tensor, steps: int) -> Tensor:
+        stands_still = self.step_size in (0.0, f"0.0{OF_BUDGET}")
+        return images if stands_still else super()._climb(search, images, steps)
 
     def _run(self, search: Search) -> None:
         search.finish(self._climb(search, search.clean, self.steps))
+
+
+def _parse_step(step_size: object) -> float | str:
+    """Return a length as a number, and a multiple of the budget as the text `<number> eps`."""
+    if isinstance(step_size, str) and step_size.endswith(OF_BUDGET):
+        try:
+            return f"{parse_budget(step_size.removesuffix(OF_BUDGET))}{OF_BUDGET}"
+        except ValueError as error:
+            raise ValueError(f"step_size={step_size}: expected a multiple such as 2/3{OF_BUDGET}") from error
+    return parse_budget(step_size, "step_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PGD(BIM):
     """Projected gradient descent: BIM from a random point of the ball (k F + k B a restart).
 
-    random_start: begin at a uniform point of ball ∩ box rather than at the clean image.
+    random_start: begin at a uniform point of ball ∩ box rather than at the clean image; `normal` begins beside the
+        clean image, at normal noise of deviation 0.001 (TRADES, arXiv 1901.08573, algorithm 1).
     restarts: runs from new random points for the samples not yet broken; the last iterates of each run but the
         final one cost one forward more to judge, so that R restarts cost R·k F + (R − 1) F + R·k B.
         `craft` makes one run.
@@ -106,12 +137,14 @@ class PGD(BIM):
     name: ClassVar[str] = "pgd"
     paper: ClassVar[str] = "arXiv 1706.06083"
 
-    random_start: bool = True
+    random_start: bool | str = True
     restarts: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("restarts", self.restarts)
+        if self.random_start not in (True, False, "normal"):
+            raise ValueError(f"random_start={self.random_start}: expected true, false or normal")
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts={self.restarts}: without random_start every run would be the same")
 
@@ -119,7 +152,10 @@ class PGD(BIM):
         restarts = self.restarts if search.feedback else 1
         for restart in range(restarts):
             images = search.clean
-            if self.random_start:
+            if self.random_start == "normal":
+                noise = search.noise("normal", tuple(search.clean.shape[1:])).mul_(START_DEVIATION)
+                images = self.ball.project(noise.add_(search.clean), search.clean, search.eps)
+            elif self.random_start:
                 images = self.ball.uniform(search.clean, search.eps, search.noise)
             images = self._climb(search, images, self.steps)
             if restart + 1 < restarts and len(search):

@@ -46,7 +46,7 @@ class MIM(BIM):
         object.__setattr__(self, "momentum", parse_budget(self.momentum, "momentum"))
 
     def _step_size(self, eps: Tensor) -> Budget:
-        return eps / self.steps if self.step_size is None else float(self.step_size)
+        return eps / self.steps if self.step_size is None else super()._step_size(eps)
 
     def _run(self, search: Search) -> None:
         rows = self._begin(search)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -40,6 +41,9 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "wide_resnet70_16": partial(WideResNet, depth=70, width=16),
 }
 """What timm lacks, by name."""
+
+
+ACTIVATIONS = ("relu", "gelu", "silu")
 
 
 class Normalize(nn.Module):
@@ -133,6 +137,7 @@ def make_classifier(
     img_size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    activation: str | None = None,
     defense: nn.Module | None = None,
     **settings: Any,
 ) -> Classifier:
@@ -141,18 +146,28 @@ def make_classifier(
 
     Up to 64 pixels a ResNet takes a 3x3 stem of stride 1 without pooling. What has an image size is built at
     `img_size`, and a ViT and its kin take, unless `patch_size` is given, patches of 4 up to 32 pixels, 8 up to 64,
-    and their own above. `settings` go to the architecture. Weights lie in channels_last, the layout that
-    convolutions work in.
+    and their own above. `activation` is one of ACTIVATIONS in place of the architecture's own; `settings` go to the
+    architecture. Weights lie in channels_last, the layout that convolutions work in.
 
     Raises ValueError for an unknown name, naming the nearest known ones, for settings it does not take, and for
     images that it cannot take.
     """
     if not len(mean) == len(std) == in_chans:
         raise ValueError(f"mean={list(mean)}, std={list(std)}: expected {in_chans} values each, one a channel")
+    if activation is not None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation}: expected null or one of {', '.join(ACTIVATIONS)}")
+        settings[_word_for_activation(name)] = activation
     backbone, settings = _backbone(name, in_chans, num_classes, img_size, settings)
     classifier = Classifier(backbone, mean, std, defense, settings).to(memory_format=torch.channels_last)
     _check_forward(name, classifier, torch.zeros(2, in_chans, img_size, img_size), num_classes)
     return classifier
+
+
+def _word_for_activation(name: str) -> str:
+    """Return what an architecture calls the argument: timm's are built with `act_layer`."""
+    build = ARCHITECTURES.get(name.partition(".")[0], timm.create_model)
+    return "activation" if "activation" in inspect.signature(build).parameters else "act_layer"
 
 
 def _backbone(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from ares_lightning.attacks import Attack
@@ -29,7 +32,11 @@ class RobustTraining(L.LightningModule):
     val_attack: the attack whose verdicts on the held-out images give `val/robust_acc`; `seed`: of its noise.
     label_smoothing: share of the label spread over all classes, in the attack and in the loss alike.
     augmentation: what is done to a batch on its device before the attack sees it.
+    compile: whether the network is compiled, in place.
     config: the resolved config, plain containers only; it is written into every checkpoint.
+
+    `perturb_weights`, where a trick sets it, is called between crafting and the loss with a function that computes
+    the loss; the trick undoes what it did once the backward is through.
 
     Batches are `(images uint8 [N, C, H, W], labels int64 [N], sample_ids int64 [N])`.
     """
@@ -45,20 +52,29 @@ class RobustTraining(L.LightningModule):
         label_smoothing: float = 0.0,
         augmentation: BatchAugmentation | None = None,
         seed: int = 0,
+        compile: bool = False,
         config: dict[str, Any],
     ) -> None:
         super().__init__()
         self.net = net
         self.objective = objective
+        self.auxiliary = objective.auxiliary
         self.optim = optim
         self.val_attack = val_attack
         self.label_smoothing = label_smoothing
         self.augmentation = augmentation or BatchAugmentation(seed=seed)
         self.seed = seed
+        self.compiles = compile
         self.config = config
         self.num_classes = num_classes
         self.clean_acc = MeanMetric()
         self.robust_acc = MeanMetric()
+        self.perturb_weights: Callable[[Callable[[], Tensor]], None] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Compile the network, if wanted, in place: its names and what is saved stay as they are."""
+        if self.compiles and stage == "fit":
+            self.net.compile()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Craft on the network as it is, then return the loss on what was crafted."""
@@ -70,15 +86,23 @@ class RobustTraining(L.LightningModule):
 
     def loss(self, images: Tensor, labels: Tensor, sample_ids: Tensor) -> tuple[Tensor, Logs]:
         """Return the objective's loss and logs on images [N, C, H, W] in [0, 1]."""
-        images = self.augmentation.erase(images, sample_ids, self.current_epoch)
-        if self.label_smoothing or self.augmentation.mixes:
-            one_hot = F.one_hot(labels, self.num_classes).to(images.dtype)
-            labels = one_hot * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
-            images, labels = self.augmentation.mix(images, labels, self.global_step)
-        adversarial = self.objective.craft(
-            self.net, images, labels, self.global_step, epoch=self.current_epoch, sample_ids=sample_ids
+        images, labels = self.augmented(images, labels, sample_ids)
+        step, objective = self.global_step, self.objective
+        adversarial = objective.craft(
+            self.net, images, labels, step, epoch=self.current_epoch, sample_ids=sample_ids
         )
-        return self.objective.loss(self.net, images, adversarial, labels, self.global_step)
+        if self.perturb_weights is not None:
+            self.perturb_weights(lambda: objective.loss(self.net, images, adversarial, labels, step)[0])
+        return objective.loss(self.net, images, adversarial, labels, step)
+
+    def augmented(self, images: Tensor, labels: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images erased and mixed, and their labels, soft ones [N, classes] where they have to be."""
+        images = self.augmentation.erase(images, sample_ids, self.current_epoch)
+        if not (self.label_smoothing or self.augmentation.mixes):
+            return images, labels
+        one_hot = F.one_hot(labels, self.num_classes).to(images.dtype)
+        soft = one_hot * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
+        return self.augmentation.mix(images, soft, self.global_step // self.objective.replays)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count clean and robust accuracy in one attack call."""
@@ -90,19 +114,51 @@ class RobustTraining(L.LightningModule):
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
 
     def configure_optimizers(self) -> Any:
-        """Return timm's optimizer and its schedule, stepped after each update."""
-        optimizer = self.optim.optimizer(self.net)
-        steps, epochs = int(self.trainer.estimated_stepping_batches), self.trainer.max_epochs or 1
-        scheduler = self.optim.scheduler(optimizer, steps, epochs)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        """Return the optimizer and its schedule, stepped after each update."""
+        epochs = self.trainer.max_epochs or 1
+        steps = self.steps_by_epoch(epochs)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        processes = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        optim = self.optim.scaled(data.batch_size_at(0) * processes)
+        optimizer = optim.optimizer(self.net, self.auxiliary)
+        schedule = optim.schedule_of(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step timm's schedule, which counts updates itself."""
-        scheduler.step_update(self.global_step)
+    def steps_by_epoch(self, epochs: int) -> list[float]:
+        """Return how many updates are made in each of the epochs."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "varies", False):
+            accumulated = self.trainer.accumulate_grad_batches
+            return [-(-data.steps_per_epoch(epoch) // accumulated) for epoch in range(epochs)]
+        return [int(self.trainer.estimated_stepping_batches) / epochs] * epochs
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each unit's gradient by its weight (AGC), or the norm of the whole gradient."""
+        if self.optim.agc is not None:
+            head = {id(parameter) for parameter in self.optim.head(self.net)}
+            clip: Any = adaptive_clip_grad
+            clip([p for p in self.net.parameters() if id(p) not in head], self.optim.agc)
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the config along, so that a checkpoint alone says what it is."""
+        """Write the config along, so that a checkpoint alone says what it is, and what the objective carries."""
         checkpoint["config"] = self.config
+        state = self.objective.state_dict()
+        if state:
+            gathered: Any = self.all_gather(state)
+            checkpoint["objective"] = {name: value.cpu() for name, value in gathered.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the objective what it carried on this process."""
+        state = checkpoint.get("objective", {})
+        if self.trainer.world_size > 1:
+            state = {name: value[self.global_rank] for name, value in state.items()}
+        self.objective.load_state_dict(state)
 
 
 def to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
