@@ -121,7 +121,8 @@ def build_data(cfg: DictConfig, *, training: bool) -> RobustDataModule:
     facts = _plain(cfg.data)
     settings = {key: value for key, value in facts.items() if key not in _DATA_FACTS}
     if training:
-        settings |= {"randaugment": cfg.aug.randaugment, "repeats": cfg.aug.repeats}
+        aug = _plain(cfg.aug)
+        settings |= {key: aug[key] for key in ("randaugment", "color_jitter", "resolution", "repeats")}
     with section("data"):
         try:
             data = RobustDataModule(
@@ -259,8 +260,7 @@ def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> Ro
     smoothing = cfg.aug.label_smoothing
     if not 0 <= smoothing < 1:
         raise ConfigError(f"aug.label_smoothing={smoothing}: expected a number from 0 to below 1")
-    with section("aug"):
-        augmentation = BatchAugmentation(cfg.aug.mixup, cfg.aug.cutmix, cfg.aug.erasing, seed=cfg.seed)
+    augmentation = _batch_augmentation(cfg, data)
     return RobustTraining(
         net,
         num_classes=data.num_classes,
@@ -272,6 +272,19 @@ def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> Ro
         seed=cfg.seed,
         config=_plain(cfg),
     )
+
+
+def _batch_augmentation(cfg: DictConfig, data: RobustDataModule) -> BatchAugmentation:
+    settings = {key: cfg.aug[key] for key in ("mixup", "cutmix", "switch_prob", "erasing")}
+    with section("aug"):
+        augmentation = BatchAugmentation(**settings, copies=data.repeats * data.num_views, seed=cfg.seed)
+    group = 2 * data.repeats
+    if augmentation.mixes and any(size % group for size in data.batch_size.all):
+        raise ConfigError(
+            f"{data.batch_size}: must be a multiple of {group} (2 * aug.repeats), since aug.mixup and aug.cutmix "
+            "mix an image with its neighbour"
+        )
+    return augmentation
 
 
 def rehearse(module: RobustTraining, data: RobustDataModule) -> None:
