@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from PIL import Image, ImageOps
+from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -209,7 +209,7 @@ def _jittered(image: Image.Image, strength: float, rng: random.Random) -> Image.
 
 
 @lru_cache
-def _rand_augment(settings: str, img_size: int, mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
+def _rand_augment(settings: str, img_size: int, mean: tuple[float, ...]) -> RandAugment:
     if not settings.startswith("rand"):
         raise ValueError(settings)
     colour = tuple(round(255 * share) for share in mean)
@@ -218,8 +218,16 @@ def _rand_augment(settings: str, img_size: int, mean: tuple[float, ...]) -> Call
         "img_mean": colour if len(colour) == 3 else colour[0],
         "interpolation": Image.Resampling.BILINEAR,
     }
-    operations: Callable[[Image.Image], Image.Image] = rand_augment_transform(settings, hparams)
-    return operations
+    augment: RandAugment = rand_augment_transform(settings, hparams)
+    for operation in augment.ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterized
+    return augment
+
+
+def _posterized(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+    """Keep so many bits of each channel; with none the image is black, which Pillow refuses from release 13 on."""
+    return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
 
 
 @contextmanager
