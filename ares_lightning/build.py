@@ -133,7 +133,9 @@ def build_data(cfg: DictConfig, *, training: bool) -> RobustDataModule:
     facts = _plain(cfg.data)
     settings = {key: value for key, value in facts.items() if key not in _DATA_FACTS}
     if training:
-        settings |= {"randaugment": cfg.aug.randaugment, "repeats": cfg.aug.repeats}
+        aug = _plain(cfg.aug)
+        settings |= {key: aug[key] for key in ("randaugment", "color_jitter", "resolution", "repeats")}
+        settings |= {"num_views": _objective(cfg).num_views, "replays": cfg.adv.get("replays", 1)}
     with section("data"):
         try:
             data = RobustDataModule(
@@ -252,11 +254,9 @@ def _is_random(cfg: DictConfig) -> bool:
 
 def build_objective(cfg: DictConfig, net: Classifier, num_classes: int) -> Objective:
     """Build the training objective of `adv` for a network."""
-    settings = {key: value for key, value in _plain(cfg.adv).items() if key != "val_steps"}
-    name = settings.pop("name")
-    if name not in OBJECTIVES:
-        raise ConfigError(f"adv.name={name}: expected one of {', '.join(OBJECTIVES)}")
-    takes = inspect.signature(OBJECTIVES[name]).parameters
+    settings = {key: value for key, value in _plain(cfg.adv).items() if key not in ("name", "val_steps")}
+    objective = _objective(cfg)
+    takes = inspect.signature(objective).parameters
     arguments: dict[str, Any] = {key: settings.pop(key) for key in takes if key in settings}
     with section("adv"):
         if "norms" in takes:
@@ -272,7 +272,13 @@ def build_objective(cfg: DictConfig, net: Classifier, num_classes: int) -> Objec
             arguments["inner"] = _inner_attack(settings, cfg.seed)
         elif settings:
             raise ValueError(f"{next(iter(settings))}: no such key; {_HOW_TO_LIST_KEYS}")
-        return OBJECTIVES[name](**arguments)
+        return objective(**arguments)
+
+
+def _objective(cfg: DictConfig) -> type[Objective]:
+    if cfg.adv.name not in OBJECTIVES:
+        raise ConfigError(f"adv.name={cfg.adv.name}: expected one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[cfg.adv.name]
 
 
 def _inner_attack(settings: dict[str, Any], seed: int) -> InnerAttack:
@@ -320,8 +326,7 @@ def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> Ro
     smoothing = cfg.aug.label_smoothing
     if not 0 <= smoothing < 1:
         raise ConfigError(f"aug.label_smoothing={smoothing}: expected a number from 0 to below 1")
-    with section("aug"):
-        augmentation = BatchAugmentation(cfg.aug.mixup, cfg.aug.cutmix, cfg.aug.erasing, seed=cfg.seed)
+    augmentation = _batch_augmentation(cfg, data)
     objective = build_objective(cfg, net, data.num_classes)
     _check_together(cfg, objective)
     return RobustTraining(
@@ -341,7 +346,6 @@ def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> Ro
 def _check_together(cfg: DictConfig, objective: Objective) -> None:
     """Raise ConfigError for settings of which each makes sense, but not beside the other."""
     name, tricks, aug = cfg.adv.name, _plain(cfg.get("trick")), cfg.aug
-    mixes = aug.mixup or aug.cutmix
     if {"ema", "swa"} <= tricks.keys():
         raise ConfigError("trick=[ema,swa]: both say what the averaged weights are; take one of them")
     probe = tricks.get("overfitting_probe", {})
@@ -352,13 +356,9 @@ def _check_together(cfg: DictConfig, objective: Objective) -> None:
         )
     if probe and name == "none":
         raise ConfigError("trick=[overfitting_probe]: adv=none trains against no attack; leave it out")
-    if objective.wants_class_labels and (aug.label_smoothing or mixes):
+    if objective.wants_class_labels and (aug.label_smoothing or aug.mixup or aug.cutmix):
         key = "label_smoothing" if aug.label_smoothing else "mixup" if aug.mixup else "cutmix"
         raise ConfigError(f"aug.{key}={aug[key]}: the loss of adv={name} needs class labels; set it to 0")
-    if objective.num_views > 1 and mixes:
-        raise ConfigError(
-            f"aug.mixup={aug.mixup}, aug.cutmix={aug.cutmix}: adv={name} pairs two views; set both to 0"
-        )
     if objective.replays > 1 and cfg.trainer.accumulate_grad_batches > 1:
         raise ConfigError(
             f"trainer.accumulate_grad_batches={cfg.trainer.accumulate_grad_batches}: adv={name} updates in every "
@@ -372,6 +372,19 @@ def _check_together(cfg: DictConfig, objective: Objective) -> None:
         raise ConfigError(
             f"trainer.compile=true: adv={name} differentiates twice, which compiled networks cannot; set it false"
         )
+
+
+def _batch_augmentation(cfg: DictConfig, data: RobustDataModule) -> BatchAugmentation:
+    settings = {key: cfg.aug[key] for key in ("mixup", "cutmix", "switch_prob", "erasing")}
+    with section("aug"):
+        augmentation = BatchAugmentation(**settings, copies=data.repeats * data.num_views, seed=cfg.seed)
+    group = 2 * data.repeats
+    if augmentation.mixes and any(size % group for size in data.batch_size.all):
+        raise ConfigError(
+            f"{data.batch_size}: must be a multiple of {group} (2 * aug.repeats), since aug.mixup and aug.cutmix "
+            "mix an image with its neighbour"
+        )
+    return augmentation
 
 
 def rehearse(module: RobustTraining, data: RobustDataModule) -> None:

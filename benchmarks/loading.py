@@ -37,7 +37,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from ares_lightning.data import ImageLoader, ImageSet, ShardedSampler
-from ares_lightning.data.images import RandAugmented, ResizedCropAndFlip
+from ares_lightning.data.images import Augmentation, resized_crop_and_flip
 from ares_lightning.data.sources import class_folders, source_of_folders
 
 IMG_SIZE = 224
@@ -55,9 +55,9 @@ def our_loader(folder: Path, batch_size: int, workers: int) -> ImageLoader:
     classes = [found.name for found in folders]
     source = source_of_folders("images", folder, folders, classes, {name: i for i, name in enumerate(classes)})
     size = len(source.labels.labels)
-    augment = RandAugmented(ResizedCropAndFlip(IMG_SIZE), RANDAUGMENT, IMG_SIZE, MEAN)
+    augment = Augmentation(resized_crop_and_flip, IMG_SIZE, RANDAUGMENT, mean=MEAN)
     images = ImageSet(source, torch.arange(size), in_chans=3, augment=augment)
-    sampler = ShardedSampler(size, shuffle=True, seed=0, rank=0, world_size=1)
+    sampler = ShardedSampler(size, shuffle=True, seed=0, rank=0, world_size=1, batch_size=batch_size)
     return ImageLoader(images, batch_size, sampler=sampler, num_workers=workers)
 
 

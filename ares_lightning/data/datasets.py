@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ares_lightning.data.corruptions import Corruption
-from ares_lightning.data.images import Augment, ImageError, Preprocessing, to_tensor
+from ares_lightning.data.images import Augmentation, ImageError, Preprocessing, to_tensor
 from ares_lightning.data.keyed import keyed_random
 from ares_lightning.data.sources import Source
 
@@ -23,6 +23,17 @@ class Unreadable(NamedTuple):
     message: str
 
 
+class Drawn(NamedTuple):
+    """A position in a set as it is trained on: one draw of its augmentation, at `side` pixels where that is given.
+
+    All of it travels with the position because persistent workers never see `set_epoch`.
+    """
+
+    position: int
+    draw: int
+    side: int | None = None
+
+
 Sample = tuple[Tensor, int, int]
 
 
@@ -30,9 +41,10 @@ Sample = tuple[Tensor, int, int]
 class ImageSet(Dataset[Sample | Unreadable]):
     """Some samples of a source, in canonical order: `[i]` is (image uint8 [C, H, W], label, sample id).
 
-    `[i]` with a plain position is the image as it is evaluated: prepared, then corrupted. `[i, draw]` is the image
-    as it is trained on, augmented by randomness that belongs to (seed, draw, sample id) and nothing else; a draw is
-    an epoch, or one of several in it. A sample id is the position in the source, whatever subset this is.
+    `[i]` with a plain position is the image as it is evaluated: prepared, then corrupted. `[Drawn(i, draw, side)]`
+    is the image as it is trained on, augmented by randomness that belongs to (seed, draw, sample id) and nothing
+    else; a draw is an epoch, or one of several in it. A sample id is the position in the source, whatever subset
+    this is.
 
     prepare: what is done to an evaluated image, None where all images are as the network wants them.
     skip_unreadable: `[i]` of an image that cannot be used is an `Unreadable`, where it else raises ImageError.
@@ -42,7 +54,7 @@ class ImageSet(Dataset[Sample | Unreadable]):
     sample_ids: Tensor  # int64 [N], ascending
     in_chans: int
     prepare: Preprocessing | None = None
-    augment: Augment | None = None
+    augment: Augmentation | None = None
     seed: int = 0
     corruption: Corruption | None = None
     skip_unreadable: bool = False
@@ -114,21 +126,21 @@ class ImageSet(Dataset[Sample | Unreadable]):
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample | Unreadable:
-        position, draw = key if isinstance(key, tuple) else (key, None)
-        sample_id = int(self.sample_ids[position])
+    def __getitem__(self, key: int | Drawn) -> Sample | Unreadable:
+        drawn = key if isinstance(key, Drawn) else None
+        sample_id = int(self.sample_ids[key.position if isinstance(key, Drawn) else key])
         try:
-            return self._read(sample_id, draw), int(self.source.labels.labels[sample_id]), sample_id
+            return self._read(sample_id, drawn), int(self.source.labels.labels[sample_id]), sample_id
         except ImageError as error:
             if not self.skip_unreadable:
                 raise
             return Unreadable(sample_id, str(error))
 
-    def _read(self, sample_id: int, draw: int | None) -> Tensor:
-        if self.augment and draw is not None:
-            image = self.source.read(sample_id, self.in_chans)
-            return to_tensor(self.augment(image, keyed_random("augment", self.seed, draw, sample_id)))
+    def _read(self, sample_id: int, drawn: Drawn | None) -> Tensor:
         image = self.source.read(sample_id, self.in_chans)
+        if self.augment and drawn:
+            rng = keyed_random("augment", self.seed, drawn.draw, sample_id)
+            return to_tensor(self.augment(image, rng, drawn.side))
         if self.prepare:
             try:
                 image = self.prepare(image)

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from PIL import Image, ImageOps
+from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -28,7 +28,7 @@ ARES_RESIZE = 256 / 224
 TRANSLATION = 0.45
 """Furthest shift of RandAugment as a share of the side (timm, as in the recipes that use it)."""
 
-Augment = Callable[[Image.Image, random.Random], Image.Image]
+Crop = Callable[[Image.Image, random.Random, int], Image.Image]
 
 
 class ImageError(ValueError):
@@ -126,73 +126,90 @@ def _of_usual_aspect(image: Image.Image) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top))
 
 
-def crop_and_flip(image: Image.Image, rng: random.Random) -> Image.Image:
+def unchanged(image: Image.Image, rng: random.Random, side: int) -> Image.Image:
+    """Return the image itself: a digit that is mirrored is no longer one."""
+    return image
+
+
+def shift_and_flip(image: Image.Image, rng: random.Random, side: int) -> Image.Image:
     """Shift by up to 4 pixels each way, filled with black, and flip every second image left to right."""
     left, top = rng.randint(-4, 4), rng.randint(-4, 4)
-    return _maybe_flip(image.crop((left, top, left + image.width, top + image.height)), rng)
+    return _maybe_flip(image.crop((left, top, left + side, top + side)), rng)
 
 
-@dataclass(frozen=True)
-class ResizedCropAndFlip:
-    """Cut 8–100 % of the area at an aspect of 3/4–4/3, resize to `img_size`, flip every second image.
+def resized_crop_and_flip(image: Image.Image, rng: random.Random, side: int) -> Image.Image:
+    """Cut 8–100 % of the area at an aspect of 3/4–4/3, resize to `side` pixels a side, flip every second image.
 
     The Inception crop (Szegedy et al. 2015, arXiv 1409.4842, §6) with the constants of torchvision's
     RandomResizedCrop: ten tries, then the largest central part of an allowed aspect.
     """
-
-    img_size: int
-
-    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        """Return an image of `img_size` pixels a side."""
-        for _ in range(10):
-            area = image.width * image.height * rng.uniform(0.08, 1.0)
-            aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-            width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < width <= image.width and 0 < height <= image.height:
-                left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
-                break
-        else:
-            width = max(1, min(image.width, round(image.height * 4 / 3)))
-            height = max(1, min(image.height, round(image.width * 4 / 3)))
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-        box = (left, top, left + width, top + height)
-        size = (self.img_size, self.img_size)
-        return _maybe_flip(image.resize(size, Image.Resampling.BICUBIC, box), rng)
+    for _ in range(10):
+        area = image.width * image.height * rng.uniform(0.08, 1.0)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+            break
+    else:
+        width = max(1, min(image.width, round(image.height * 4 / 3)))
+        height = max(1, min(image.height, round(image.width * 4 / 3)))
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+    box = (left, top, left + width, top + height)
+    return _maybe_flip(image.resize((side, side), Image.Resampling.BICUBIC, box), rng)
 
 
 @dataclass(frozen=True)
-class RandAugmented:
-    """`first`, then RandAugment (Cubuk et al. 2020, arXiv 1909.13719) as timm has it, all keyed by the sample.
+class Augmentation:
+    """What is done to a training image, all of it keyed by the sample: crop and flip, RandAugment, colour jitter.
 
-    settings: timm's notation, e.g. `rand-m9-mstd0.5`: magnitude 9 of 10 with deviation 0.5, two operations.
-    mean: the colour, in [0, 1], of what is moved into the image.
+    crop: called as (image, generator, side of the result in pixels); img_size: that side where a call names none.
+    randaugment: RandAugment (Cubuk et al. 2020, arXiv 1909.13719) in timm's notation, e.g. `rand-m9-mstd0.5`:
+        magnitude 9 of 10 with deviation 0.5, two operations; None for none.
+    color_jitter: brightness, contrast and saturation, in random order, times a factor of 1 ± this much, at least 0.
+    mean: the colour, in [0, 1], of what RandAugment moves into the image.
+
+    Raises ValueError naming the key, its value and the remedy.
     """
 
-    first: Augment
-    settings: str
+    crop: Crop
     img_size: int
-    mean: tuple[float, ...]
+    randaugment: str | None = None
+    color_jitter: float = 0.0
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        try:
-            self._operations()
-        except (AssertionError, ValueError, KeyError, IndexError) as error:
-            raise ValueError(
-                f"aug.randaugment={self.settings}: is not in timm's notation, such as rand-m9-mstd0.5"
-            ) from error
+        if isinstance(self.color_jitter, bool | str) or not 0 <= self.color_jitter < math.inf:
+            raise ValueError(f"aug.color_jitter={self.color_jitter}: expected a number, 0 or more")
+        if self.randaugment is not None:
+            try:
+                _rand_augment(self.randaugment, self.img_size, self.mean)
+            except (AssertionError, ValueError, KeyError, IndexError) as error:
+                raise ValueError(
+                    f"aug.randaugment={self.randaugment}: is not in timm's notation, such as rand-m9-mstd0.5"
+                ) from error
 
-    def _operations(self) -> Callable[[Image.Image], Image.Image]:
-        return _rand_augment(self.settings, self.img_size, self.mean)
+    def __call__(self, image: Image.Image, rng: random.Random, side: int | None = None) -> Image.Image:
+        """Return the augmented image, `side` pixels wide and high."""
+        side = side or self.img_size
+        image = self.crop(image, rng, side)
+        if self.randaugment is not None:
+            with _global_random(rng):
+                image = _rand_augment(self.randaugment, side, self.mean)(image)
+        return _jittered(image, self.color_jitter, rng) if self.color_jitter else image
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        """Return the augmented image, of the size that `first` gives it."""
-        image = self.first(image, rng)
-        with _global_random(rng):
-            return self._operations()(image)
+
+JITTERED = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+"""What colour jitter changes: like timm's, not the hue."""
+
+
+def _jittered(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
+    for adjust in rng.sample(JITTERED, len(JITTERED)):
+        image = adjust(image, rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return image
 
 
 @lru_cache
-def _rand_augment(settings: str, img_size: int, mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
+def _rand_augment(settings: str, img_size: int, mean: tuple[float, ...]) -> RandAugment:
     if not settings.startswith("rand"):
         raise ValueError(settings)
     colour = tuple(round(255 * share) for share in mean)
@@ -201,8 +218,16 @@ def _rand_augment(settings: str, img_size: int, mean: tuple[float, ...]) -> Call
         "img_mean": colour if len(colour) == 3 else colour[0],
         "interpolation": Image.Resampling.BILINEAR,
     }
-    operations: Callable[[Image.Image], Image.Image] = rand_augment_transform(settings, hparams)
-    return operations
+    augment: RandAugment = rand_augment_transform(settings, hparams)
+    for operation in augment.ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterized
+    return augment
+
+
+def _posterized(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+    """Keep so many bits of each channel; with none the image is black, which Pillow refuses from release 13 on."""
+    return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
 
 
 @contextmanager

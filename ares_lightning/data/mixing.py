@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -23,26 +24,34 @@ class BatchAugmentation:
 
     mixup: alpha of the Beta distribution that the share of the other image is drawn from, 0 for none (Zhang et al.
         2018, arXiv 1710.09412). cutmix: the same for the area of a pasted rectangle (Yun et al. 2019, arXiv
-        1905.04899). With both, each step takes one of them, at even odds. The partner of an image is the one that
-        stands as far from the end of the batch as it does from the beginning.
-    erasing: share of the images of which a rectangle is replaced by uniform noise; the copies that repeated
-        augmentation makes of an image are erased alike.
-    seed: mixing is keyed by (seed, step), erasing by (seed, epoch, sample id).
+        1905.04899). With both, each step takes one of them, cutmix with probability switch_prob (as in timm).
+    erasing: share of the images of which a rectangle is replaced by uniform noise; copies of an image in one batch
+        are erased differently.
+    copies: rows that show the same image one after the other. Neighbours are mixed: in groups of 2 · copies rows
+        the halves are each other's partners, so that it does not matter how many processes share a batch, if their
+        shares are whole groups. A row without a partner, at the end of a batch that is not, stays as it is.
+    seed: mixing is keyed by (seed, step), erasing by (seed, epoch, sample id, how many of it came before in the
+        batch).
 
     Raises ValueError naming the key, its value and the remedy.
     """
 
     mixup: float = 0.0
     cutmix: float = 0.0
+    switch_prob: float = 0.5
     erasing: float = 0.0
+    copies: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
         for key in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ValueError(f"{key}={getattr(self, key)}: expected a number, 0 or more")
-        if not 0 <= self.erasing <= 1:
-            raise ValueError(f"erasing={self.erasing}: expected a number from 0 to 1")
+            value = getattr(self, key)
+            if isinstance(value, bool | str) or not 0 <= value < math.inf:
+                raise ValueError(f"{key}={value}: expected a number, 0 or more")
+        for key in ("switch_prob", "erasing"):
+            value = getattr(self, key)
+            if isinstance(value, bool | str) or not 0 <= value <= 1:
+                raise ValueError(f"{key}={value}: expected a number from 0 to 1")
 
     @property
     def mixes(self) -> bool:
@@ -54,17 +63,26 @@ class BatchAugmentation:
         if not self.mixes:
             return images, labels
         rng = keyed_random("mix", self.seed, step)
-        pastes = self.cutmix > 0 and (self.mixup == 0 or rng.random() < 0.5)
+        pastes = self.cutmix > 0 and (self.mixup == 0 or rng.random() < self.switch_prob)
         alpha = self.cutmix if pastes else self.mixup
         share = rng.betavariate(alpha, alpha)
+        partners = self._partners(len(images), images.device)
+        others, other_labels = images[partners], labels[partners]
         if not pastes:
-            return torch.lerp(images, images.flip(0), share), torch.lerp(labels, labels.flip(0), share)
+            return torch.lerp(images, others, share), torch.lerp(labels, other_labels, share)
         height, width = images.shape[-2:]
         top, left, bottom, right = _pasted(height, width, share, rng)
         mixed = images.clone()
-        mixed[..., top:bottom, left:right] = images.flip(0)[..., top:bottom, left:right]
+        mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
         area = (bottom - top) * (right - left) / (height * width)
-        return mixed, torch.lerp(labels, labels.flip(0), area)
+        return mixed, torch.lerp(labels, other_labels, area)
+
+    def _partners(self, size: int, device: torch.device) -> Tensor:
+        """Return the row that each of `size` rows is mixed with, itself where it has no partner, int64 [size]."""
+        rows = torch.arange(size, device=device)
+        is_first_half = rows % (2 * self.copies) < self.copies
+        partners = torch.where(is_first_half, rows + self.copies, rows - self.copies)
+        return torch.where(partners < size, partners, rows)
 
     def erase(self, images: Tensor, sample_ids: Tensor, epoch: int) -> Tensor:
         """Replace a rectangle of some of the images [N, C, H, W] by noise; the images given stay as they are."""
@@ -72,8 +90,10 @@ class BatchAugmentation:
             return images
         images = images.clone()
         height, width = images.shape[-2:]
+        came_before: Counter[int] = Counter()
         for place, sample_id in enumerate(sample_ids.tolist()):
-            rng = keyed_random("erase", self.seed, epoch, sample_id)
+            rng = keyed_random("erase", self.seed, epoch, sample_id, came_before[sample_id])
+            came_before[sample_id] += 1
             if rng.random() >= self.erasing:
                 continue
             top, left, bottom, right = _erased(height, width, rng)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from ares_lightning.data.datasets import ImageSet
 from ares_lightning.data.images import Preprocessing
 from ares_lightning.data.loading import Batch, ImageLoader, ShardedSampler
-from ares_lightning.data.published import Wishes, load_image_sets
+from ares_lightning.data.phases import Phases
+from ares_lightning.data.published import OF_ANY_SIZE, Wishes, load_image_sets
 from ares_lightning.data.variants import VARIANTS
 
 
@@ -26,7 +27,16 @@ class RobustDataModule(L.LightningDataModule):
     splits, `seed` the training order and the augmentation. `num_classes`, the number of outputs that a network
     needs, is taken from the data. `network` is the data set whose classes a network must know. `repeats` is that
     of repeated augmentation. With `on_error="skip"`, images that cannot be used are left out; `skipped` tells why,
-    by sample name. The others are as `Wishes` has them.
+    by sample name.
+
+    `resolution` is the side of the training images from an epoch on, as {epoch: pixels}; None is `img_size`
+    throughout. `batch_size` may be such a mapping too. Where it `varies`, the loader of the training set is made
+    for one epoch: the Trainer needs reload_dataloaders_every_n_epochs=1.
+
+    What an objective asks for: `num_views` rows for each image of a batch, one after the other, in different draws
+    of the augmentation, so that a batch has num_views · batch_size rows (consistency regularisation); `replays`,
+    how often in a row the training loader gives out each batch (Free adversarial training, Shafahi et al. 2019,
+    arXiv 1904.12843). The others are as `Wishes` has them.
 
     Raises ValueError naming the key, its value and the remedy.
     """
@@ -39,7 +49,7 @@ class RobustDataModule(L.LightningDataModule):
         img_size: int,
         in_chans: int,
         num_classes: int | None = None,
-        batch_size: int,
+        batch_size: int | Mapping[int, int],
         eval_batch_size: int,
         num_workers: int,
         num_val: int,
@@ -48,19 +58,25 @@ class RobustDataModule(L.LightningDataModule):
         training: bool = True,
         preprocessing: Preprocessing | None = None,
         randaugment: str | None = None,
+        color_jitter: float = 0.0,
+        resolution: Mapping[int, int] | None = None,
         repeats: int = 1,
+        num_views: int = 1,
+        replays: int = 1,
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         corruption: str | None = None,
         severity: int | None = None,
         on_error: str = "raise",
     ) -> None:
         super().__init__()
-        _check_at_least(1, img_size=img_size, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        _check_at_least(1, img_size=img_size, eval_batch_size=eval_batch_size)
         _check_at_least(0, num_workers=num_workers)
         if training:
             _check_at_least(1, num_val=num_val)
         if type(repeats) is not int or repeats < 1:
             raise ValueError(f"aug.repeats={repeats}: must be a whole number, 1 or more")
+        self.batch_size = Phases("data.batch_size", batch_size)
+        self.resolution = _resolution(name, resolution)
         if in_chans not in (1, 3):
             raise ValueError(f"data.in_chans={in_chans}: must be 1 (grey) or 3 (RGB)")
         self.wishes = Wishes(
@@ -72,6 +88,7 @@ class RobustDataModule(L.LightningDataModule):
             training=training,
             preprocessing=preprocessing,
             randaugment=randaugment,
+            color_jitter=color_jitter,
             mean=mean,
             corruption=corruption,
             severity=severity,
@@ -87,8 +104,8 @@ class RobustDataModule(L.LightningDataModule):
                 f"data.num_classes={num_classes}: {name} has {self.num_classes} classes here; "
                 f"set data.num_classes={self.num_classes} or null"
             )
-        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.seed, self.repeats = seed, repeats
+        self.eval_batch_size, self.num_workers, self.seed = eval_batch_size, num_workers, seed
+        self.repeats, self.num_views, self.replays = repeats, num_views, replays
         self.skipped: dict[str, str] = {}
         self.root = None if root is None else Path(root).expanduser()
         self.network = VARIANTS[name].network if name in VARIANTS else name
@@ -107,10 +124,34 @@ class RobustDataModule(L.LightningDataModule):
         assert self._val_set is not None
         return self._val_set
 
+    @property
+    def varies(self) -> bool:
+        """Whether the size of a training batch changes with the epoch."""
+        return len(set(self.batch_size.all)) > 1
+
+    def batch_size_at(self, epoch: int) -> int:
+        """Return the training images of one rank in a batch of this epoch, without views."""
+        return self.batch_size.at(epoch)
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        """Return how many batches the training loader gives each rank in this epoch, replays counted."""
+        return len(self._train_loader(epoch))
+
     def train_dataloader(self) -> ImageLoader:
         """Load this rank's share of the training set, augmented, in an order that changes with the epoch."""
-        sampler = self._sampler(self.train_set, shuffle=True, repeats=self.repeats)
-        return self._loader(self.train_set, sampler, self.batch_size, drop_last=len(sampler) > self.batch_size)
+        return self._train_loader(self.trainer.current_epoch if self.trainer else 0)
+
+    def _train_loader(self, epoch: int) -> ImageLoader:
+        batch_size = self.batch_size_at(epoch)
+        sampler = self._sampler(
+            self.train_set,
+            shuffle=True,
+            batch_size=batch_size,
+            repeats=self.repeats,
+            num_views=self.num_views,
+            sides=self.resolution,
+        )
+        return self._loader(self.train_set, sampler, batch_size, replays=self.replays)
 
     def val_dataloader(self) -> ImageLoader:
         """Load this rank's share of the validation set, each sample on one rank only."""
@@ -134,21 +175,34 @@ class RobustDataModule(L.LightningDataModule):
         images, labels, sample_ids = batch
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True), sample_ids
 
-    def _sampler(self, dataset: ImageSet, *, shuffle: bool, repeats: int = 1) -> ShardedSampler:
+    def _sampler(self, dataset: ImageSet, *, shuffle: bool, **settings: Any) -> ShardedSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return ShardedSampler(
-            len(dataset), shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size, repeats=repeats
+            len(dataset), shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size, **settings
         )
 
-    def _loader(self, dataset: ImageSet, sampler: Any, batch_size: int, drop_last: bool = False) -> ImageLoader:
+    def _loader(self, dataset: ImageSet, sampler: Any, batch_size: int, replays: int = 1) -> ImageLoader:
         return ImageLoader(
             dataset,
             batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            drop_last=drop_last,
+            replays=replays,
             skipped=self.skipped,
         )
+
+
+def _resolution(name: str, sides: Mapping[int, int] | None) -> Phases | None:
+    if sides is None:
+        return None
+    if name not in OF_ANY_SIZE:
+        raise ValueError(
+            f"aug.resolution={sides}: only training images of {' and '.join(OF_ANY_SIZE)} can have another size "
+            f"than their own, those of {name} cannot; set null"
+        )
+    if not isinstance(sides, Mapping):
+        raise ValueError(f"aug.resolution={sides}: must be null or a mapping {{epoch: side}}; see data.img_size")
+    return Phases("aug.resolution", sides)
 
 
 def _check_at_least(minimum: int, **values: int) -> None:

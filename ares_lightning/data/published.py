@@ -16,12 +16,13 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from ares_lightning.data import imagenet
 from ares_lightning.data.datasets import ImageSet, ImageSets
 from ares_lightning.data.images import (
-    Augment,
+    Augmentation,
+    Crop,
     Preprocessing,
-    RandAugmented,
-    ResizedCropAndFlip,
     ares_preprocessing,
-    crop_and_flip,
+    resized_crop_and_flip,
+    shift_and_flip,
+    unchanged,
 )
 from ares_lightning.data.keyed import stratified_split
 from ares_lightning.data.sources import (
@@ -47,6 +48,8 @@ WANTED = {
     **{key: variant.words for key, variant in VARIANTS.items()},
 }
 """What each data set that is read from a folder needs there."""
+OF_ANY_SIZE = ("imagefolder", "imagenet")
+"""The data sets whose training images are cut out and resized, so that they can have any side."""
 ON_ERROR = ("raise", "skip")
 
 
@@ -58,7 +61,7 @@ class Wishes:
     out from the training images; for digits, 360 test images are drawn likewise before them. seed: keys the
     augmentation. training: whether training images are looked for at all.
     preprocessing: of evaluated images where they are not stored at one size; None is that of ARES-Bench.
-    randaugment: timm's notation, None for none; mean: colour, in [0, 1], of what it moves into an image.
+    randaugment, color_jitter, mean: as `Augmentation` has them.
     corruption, severity: which part of a set of corruptions. on_error: `raise` or `skip` images that cannot be
     used.
     """
@@ -71,6 +74,7 @@ class Wishes:
     training: bool = True
     preprocessing: Preprocessing | None = None
     randaugment: str | None = None
+    color_jitter: float = 0.0
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     corruption: str | None = None
     severity: int | None = None
@@ -89,11 +93,9 @@ class Wishes:
         """Return the set of these samples as they are evaluated."""
         return ImageSet(source, sample_ids, self.in_chans, prepare, skip_unreadable=self.on_error == "skip")
 
-    def augment(self, crop: Augment) -> Augment:
-        """Return what is done to a training image: the data set's crop and flip, then RandAugment if wanted."""
-        if self.randaugment is None:
-            return crop
-        return RandAugmented(crop, self.randaugment, self.img_size, self.mean)
+    def augment(self, crop: Crop) -> Augmentation:
+        """Return what is done to a training image of a data set that is cropped and flipped so."""
+        return Augmentation(crop, self.img_size, self.randaugment, self.color_jitter, self.mean)
 
 
 def load_image_sets(name: str, root: str | Path | None, wishes: Wishes) -> ImageSets:
@@ -111,10 +113,8 @@ def load_image_sets(name: str, root: str | Path | None, wishes: Wishes) -> Image
         )
     if name == "digits":
         source = _read_digits(wishes.img_size)
-        if wishes.randaugment is not None:
-            raise ValueError(f"aug.randaugment={wishes.randaugment}: digits are not augmented; set null")
         test_ids, pool = stratified_split(source.labels.labels, NUM_DIGITS_TEST, "test", wishes.split_seed)
-        return _split(wishes, source, pool, wishes.make(source, test_ids, None), None, None)
+        return _split(wishes, source, pool, wishes.make(source, test_ids, None), None, unchanged)
     folder = _checked_root(name, root)
     if name in VARIANTS:
         test_set = load_variant(VARIANTS[name], folder, wishes)
@@ -123,14 +123,14 @@ def load_image_sets(name: str, root: str | Path | None, wishes: Wishes) -> Image
         return ImageSets(None, None, test_set)
     if name in CIFARS:
         train, test = _read_cifar(name, folder, wishes)
-        return _all(wishes, train, test, None, crop_and_flip)
-    prepare, crop = wishes.of_any_size, ResizedCropAndFlip(wishes.img_size)
+        return _all(wishes, train, test, None, shift_and_flip)
+    prepare = wishes.of_any_size
     if name == "imagefolder":
         train, test = _read_class_folders(name, folder, ("test", "val", "validation"), wishes)
     else:
         test = imagenet.read_imagenet(folder, "val")
         train = imagenet.read_imagenet(folder, "train") if wishes.training else None
-    return _all(wishes, train, test, prepare, crop)
+    return _all(wishes, train, test, prepare, resized_crop_and_flip)
 
 
 def load_variant(variant: Variant, folder: Path, wishes: Wishes) -> ImageSet:
@@ -151,7 +151,7 @@ def load_variant(variant: Variant, folder: Path, wishes: Wishes) -> ImageSet:
 
 
 def _all(
-    wishes: Wishes, train: Source | None, test: Source, prepare: Preprocessing | None, crop: Augment
+    wishes: Wishes, train: Source | None, test: Source, prepare: Preprocessing | None, crop: Crop
 ) -> ImageSets:
     test_set = wishes.make(test, torch.arange(len(test.labels.labels)), prepare)
     if train is None:
@@ -165,7 +165,7 @@ def _split(
     pool: Tensor,
     test: ImageSet,
     prepare: Preprocessing | None,
-    crop: Augment | None,
+    crop: Crop,
 ) -> ImageSets:
     """Hold images out from those of `source` at `pool`, int64 [N]."""
     if not wishes.training:
@@ -177,9 +177,8 @@ def _split(
         )
     held_out, rest = stratified_split(source.labels.labels[pool], wishes.num_val, "val", wishes.split_seed)
     train = wishes.make(source, pool[rest], prepare)
-    augment = None if crop is None else wishes.augment(crop)
     return ImageSets(
-        train=replace(train, augment=augment, seed=wishes.seed),
+        train=replace(train, augment=wishes.augment(crop), seed=wishes.seed),
         val=wishes.make(source, pool[held_out], prepare),
         test=test,
     )
