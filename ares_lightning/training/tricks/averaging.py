@@ -116,7 +116,7 @@ class EMA(WeightAverage):
         short trainings forget their beginning too (timm's ModelEmaV3, after Katherine Crowson).
     """
 
-    def __init__(self, decay: float = 0.9998, warmup: bool = False) -> None:
+    def __init__(self, decay: float = 0.9998, warmup: bool = True) -> None:
         if check_number("decay", decay) >= 1:
             raise ValueError(f"decay={decay}: expected a number from 0 to below 1")
         if type(warmup) is not bool:
