@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -105,12 +106,33 @@ def test_the_pages_commands_compose(command):
     assert only_evaluator(*(part for part in command.split()[2:] if not part.startswith("ckpt=")))
 
 
+def test_augmentations_have_the_same_keys_and_those_that_change_something_say_whence():
+    usual = set(OmegaConf.load(CONFIG_DIR / "aug" / "none.yaml"))
+    assert {"none", "light", "heavy"} <= set(choices("aug"))
+    for choice in choices("aug"):
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            assert set(compose("train", [f"aug={choice}"]).aug) == usual
+        title, *lines = (CONFIG_DIR / "aug" / f"{choice}.yaml").read_text().splitlines()
+        assert choice == "none" or "arXiv" in title
+        assert all("  # " in line or " # " in line for line in lines if not line.startswith("defaults"))
+
+
+def test_light_and_heavy_augmentation_are_the_published_ones():
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        light, heavy = (compose("train", [f"aug={choice}"]).aug for choice in ("light", "heavy"))
+    assert (light.color_jitter, light.label_smoothing) == (0.4, 0.1)
+    assert (light.randaugment, light.mixup, light.cutmix, light.erasing) == (None, 0, 0, 0)
+    assert (heavy.randaugment, heavy.color_jitter) == ("rand-m9-mstd0.5-inc1", 0)
+    assert (heavy.mixup, heavy.cutmix, heavy.switch_prob) == (0.8, 1.0, 0.5)
+    assert (heavy.erasing, heavy.label_smoothing) == (0.25, 0.1)
+
+
 DATA_PAGE = (CONFIG_DIR.parent / "docs" / "data.md").read_text()
 
 
 @pytest.mark.parametrize("command", re.findall(r"^python ((?:evaluate|train)\.py .*?)(?: +#.*)?$", DATA_PAGE, re.M))
 def test_the_commands_of_the_data_page_compose(command):
-    program, *overrides = command.split()
+    program, *overrides = shlex.split(command)
     given = [override.replace("<run>", "run") for override in overrides]
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         assert compose(program.removesuffix(".py"), given)

@@ -217,7 +217,7 @@ def test_every_data_set_composes_with_both_programs(choice):
 
 
 def test_augmentations_of_the_batch_and_corruptions_in_one_run(tmp_path, monkeypatch, capsys):
-    augmented = ["aug.mixup=0.8", "aug.cutmix=1.0", "aug.erasing=0.25", "aug.repeats=2", "model=cnn"]
+    augmented = ["aug=heavy", "aug.color_jitter=0.4", "aug.repeats=2", "model=cnn"]
     evaluation = ["eval=[clean,corruptions]", "eval.corruptions.severities=[1,5]"]
     monkeypatch.setattr(sys, "argv", ["train.py", *QUICK, *augmented, *evaluation, f"run_dir={tmp_path}"])
     train_main()
@@ -352,6 +352,18 @@ MISTAKES = [
     (["train.py", "trainer.max_epochs=0"], "trainer.max_epochs=0"),
     (["train.py", "trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0"),
     (["train.py", "aug.label_smoothing=0.1", "adv.loss=margin"], "adv.loss=margin"),
+    (["train.py", "aug=heavy", "aug.repeats=3"], r"data\.batch_size=64: must be a multiple of 6"),
+    (
+        ["train.py", "aug=heavy", "data.batch_size={0: 64, 3: 31}"],
+        r"data\.batch_size={0: 64, 3: 31}: must be a mul",
+    ),
+    (["train.py", "aug.switch_prob=2"], r"aug\.switch_prob=2: expected a number from 0 to 1"),
+    (["train.py", "aug.color_jitter=-1"], r"aug\.color_jitter=-1: expected a number, 0 or more"),
+    (
+        ["train.py", "aug.resolution={0: 8}"],
+        r"aug\.resolution={0: 8}: only training images of imagefolder and image",
+    ),
+    (["train.py", "data.batch_size={2: 64}"], r"data\.batch_size={2: 64}: its epochs must be whole numbers that"),
     (["train.py", "callbacks.checkpoint.monitor=val/foo"], "monitor=val/foo: expected one of val/robust_acc"),
     (
         ["train.py", "model=timm", "model.name=densenet121"],

@@ -1,9 +1,12 @@
+import hashlib
+import re
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import photos
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ares_lightning.data import ImageError, RobustDataModule
+from ares_lightning.data.datasets import Drawn
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 
@@ -94,7 +98,7 @@ def test_ranks_share_the_sets_without_overlap():
     seen: dict[str, list[int]] = {"train": [], "val": []}
     for rank in range(2):
         data = make()
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2, current_epoch=0)  # type: ignore[assignment]
         seen["train"] += [i for _, _, ids in data.train_dataloader() for i in ids.tolist()]
         seen["val"] += [i for _, _, ids in data.val_dataloader() for i in ids.tolist()]
     assert len(seen["train"]) == len(set(seen["train"])) == 2 * (628 // 64) * 64
@@ -184,9 +188,162 @@ def test_value_that_makes_no_sense_is_named(key, value):
     assert "\n" not in str(error.value)
 
 
-def test_digits_are_not_augmented_without_a_word():
-    with pytest.raises(ValueError, match=r"^aug\.randaugment=rand-m9: digits are not augmented"):
-        make(randaugment="rand-m9")
+def test_digits_are_augmented_where_that_is_asked_for():
+    plain, augmented = make(), make(randaugment="rand-m9-mstd0.5-inc1", color_jitter=0.4, mean=(0.3,))
+    unlike = [not plain.train_set[Drawn(i, 0)][0].equal(augmented.train_set[Drawn(i, 0)][0]) for i in range(50)]
+    assert sum(unlike) > 40
+    assert all(plain.train_set[Drawn(i, 0)][0].equal(plain.train_set[i][0]) for i in range(50))
+    assert next(iter(augmented.train_dataloader()))[0].shape == (64, 1, 8, 8)
+
+
+def test_views_of_an_image_are_neighbours_that_differ(make_tree):
+    data = make("cifar10", root=make_tree({"train": 10, "test": 1}), batch_size=4, num_views=2)
+    images, _, sample_ids = next(iter(data.train_dataloader()))
+    assert len(images) == 8
+    assert sample_ids[::2].equal(sample_ids[1::2])
+    assert any(not one.equal(two) for one, two in zip(images[::2], images[1::2], strict=True))
+    assert data.steps_per_epoch(0) == 4
+
+
+# --- sizes of images and batches that change with the epoch -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"batch_size": 100}, [12, 12, 12]),
+        ({"batch_size": {0: 100, 1: 300}}, [12, 4, 4]),
+        ({"batch_size": {0: 100, 2: 2000}, "replays": 3}, [36, 36, 3]),
+    ],
+)
+def test_steps_of_an_epoch_are_the_batches_that_its_loader_gives(settings, expected):
+    data = make(**settings)
+    assert [data.steps_per_epoch(epoch) for epoch in range(3)] == expected
+    assert data.varies == isinstance(settings["batch_size"], dict)
+    for epoch in range(3):
+        data.trainer = SimpleNamespace(global_rank=0, world_size=1, current_epoch=epoch)  # type: ignore[assignment]
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        assert [len(labels) for _, labels, _ in loader] == [min(data.batch_size_at(epoch), 1257)] * expected[epoch]
+    data.trainer = SimpleNamespace(global_rank=0, world_size=2, current_epoch=0)  # type: ignore[assignment]
+    assert data.steps_per_epoch(0) == expected[0] // 2
+
+
+def test_one_batch_size_does_not_vary():
+    assert not make(batch_size={0: 64}).varies
+    assert not make(batch_size={0: 64, 3: 64}).varies
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.batch_size", {1: 64}, "its epochs must be whole numbers that begin with 0 and rise"),
+        ("data.batch_size", {0: 64, 3: 32, 2: 8}, "its epochs must be whole numbers that begin with 0 and rise"),
+        ("data.batch_size", {"0": 64}, "its epochs must be whole numbers that begin with 0 and rise"),
+        ("data.batch_size", {}, "its epochs must be whole numbers that begin with 0 and rise"),
+        ("data.batch_size", {0: 64, 2: 0}, "each epoch must be given a whole number, 1 or more"),
+        ("data.batch_size", {0: None}, "each epoch must be given a whole number, 1 or more"),
+        ("aug.resolution", {2: 32}, "its epochs must be whole numbers that begin with 0 and rise"),
+        ("aug.resolution", {0: 32, 2: "64"}, "each epoch must be given a whole number, 1 or more"),
+        ("aug.resolution", 64, r"must be null or a mapping {epoch: side}; see data.img_size"),
+    ],
+)
+def test_phases_that_make_no_sense_are_named(key, value, message, make_tree):
+    usual = {"root": make_tree({"train": 4, "val": 1}), "img_size": 32, "in_chans": 3, "num_val": 2}
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'{key}={value}')}: {message}$"):
+        make("imagefolder", **usual | {key.partition(".")[2]: value})
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_images_of_one_size_have_no_other_resolution(name):
+    with pytest.raises(
+        ValueError, match=r"^aug\.resolution={0: 32}: only training images of imagefolder and imagenet"
+    ):
+        make(name, resolution={0: 32})
+
+
+class SizesRecorder(L.LightningModule):
+    """Keeps, by epoch, the size and a digest of the pixels of each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.batches: dict[int, list[tuple[tuple[int, ...], str]]] = {}
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        digest = hashlib.sha256(batch[0].contiguous().numpy().tobytes()).hexdigest()
+        self.batches.setdefault(self.current_epoch, []).append((tuple(batch[0].shape), digest))
+        return self.weight * batch[0].float().mean()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        assert batch[0].shape[2:] == (32, 32)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_training_goes_through_its_phases_and_resumes_in_the_middle_of_one(tmp_path, workers):
+    for number in range(20):
+        for split in ("train", "val"):
+            photos.save(tmp_path / "images" / split / "ab"[number % 2] / f"{number:02d}.jpg", number)
+    phases = {"resolution": {0: 16, 1: 24, 3: 32}, "batch_size": {0: 8, 1: 5, 3: 2}, "randaugment": "rand-m9"}
+
+    def fit(name: str, checkpoint: str | None = None) -> SizesRecorder:
+        recorder = SizesRecorder()
+        data = make(
+            "imagefolder", root=tmp_path / "images", img_size=32, in_chans=3, num_val=4, num_workers=workers,
+            replays=2, **phases,
+        )  # fmt: skip
+        assert data.varies
+        savers = [
+            ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1),
+            ModelCheckpoint(tmp_path / name, filename="{epoch}", save_on_train_epoch_end=False, save_top_k=-1),
+        ]
+        trainer = L.Trainer(
+            accelerator="cpu", logger=False, callbacks=savers, enable_progress_bar=False, max_epochs=5,
+            enable_model_summary=False, default_root_dir=tmp_path, reload_dataloaders_every_n_epochs=1,
+        )  # fmt: skip
+        trainer.fit(recorder, data, ckpt_path=checkpoint, weights_only=True)
+        assert [data.steps_per_epoch(epoch) for epoch in range(5)] == [4, 6, 6, 16, 16]
+        return recorder
+
+    whole = fit("whole").batches
+    assert {epoch: [shape for shape, _ in batches] for epoch, batches in whole.items()} == {
+        0: [(8, 3, 16, 16)] * 4,
+        1: [(5, 3, 24, 24)] * 6,
+        2: [(5, 3, 24, 24)] * 6,
+        3: [(2, 3, 32, 32)] * 16,
+        4: [(2, 3, 32, 32)] * 16,
+    }
+    starts = {0: 0, 1: 4, 2: 10, 3: 16}
+    middles = {"step=2": (0, 2), "step=13": (2, 3), "step=21": (3, 5)}  # of a phase, and of a batch's replays
+    ends = {"epoch=0": (0, 4), "epoch=2": (2, 6)}
+    for name, (epoch, done) in middles.items() if workers else (middles | ends).items():
+        assert name.startswith("epoch") or name == f"step={starts[epoch] + done}"
+        resumed = fit(f"from-{name}", str(tmp_path / "whole" / f"{name}.ckpt")).batches
+        assert resumed.get(epoch, []) == whole[epoch][done:]
+        assert {later: resumed[later] for later in range(epoch + 1, 5)} == {
+            later: whole[later] for later in range(epoch + 1, 5)
+        }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resolution_alone_needs_no_new_loader(tmp_path, workers):
+    for number in range(8):
+        for split in ("train", "val"):
+            photos.save(tmp_path / split / "ab"[number % 2] / f"{number:02d}.jpg", number)
+    data = make(
+        "imagefolder", root=tmp_path, img_size=32, in_chans=3, num_val=2, batch_size=3, num_workers=workers,
+        resolution={0: 16, 1: 24, 2: 32},
+    )  # fmt: skip
+    assert not data.varies
+    loader, shapes = data.train_dataloader(), []
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        shapes.append({tuple(images.shape) for images, _, _ in loader})
+    assert shapes == [{(3, 3, 16, 16)}, {(3, 3, 24, 24)}, {(3, 3, 32, 32)}]
+    assert {tuple(images.shape[1:]) for images, _, _ in data.val_dataloader()} == {(3, 32, 32)}
 
 
 def test_image_of_another_size_shows_at_construction(make_tree):

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits as sklearn_digits
 from torchvision.datasets import CIFAR10
 
 from ares_lightning.data import ImageError, ImageSets, Wishes, load_image_sets
+from ares_lightning.data.datasets import Drawn
 
 
 def load(name: str, root: str | Path | None = None, **changes: Any) -> ImageSets:
@@ -169,14 +170,14 @@ def test_evaluation_keeps_the_central_square(tmp_path):
     image, _, _ = sets.test[0]  # 64x128 -> 32x64 -> the central 28x28, which lies in the bright part
     assert image.shape == (3, 28, 28)
     assert (image == 200).all()
-    assert sets.train[0, 0][0].shape == (3, 28, 28)
+    assert sets.train[Drawn(0, 0)][0].shape == (3, 28, 28)
 
 
 def test_very_long_image_can_be_cut(make_tree):
     root = make_tree({"train": 3, "val": 1})
     for path in root.rglob("*.jpg"):
         Image.new("RGB", (400, 3), "red").save(path)
-    assert load("imagefolder", root).train[0, 0][0].shape == (3, 32, 32)
+    assert load("imagefolder", root).train[Drawn(0, 0)][0].shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -204,11 +205,11 @@ def test_every_mode_becomes_the_channels_asked_for(make_tree, mode, in_chans):
 def test_augmentation_belongs_to_seed_epoch_and_sample(make_tree):
     root = make_tree({"train": 8, "test": 1})
     sets = load("cifar10", root, seed=1)
-    images = [sets.train[0, epoch][0] for epoch in range(6)]
+    images = [sets.train[Drawn(0, epoch)][0] for epoch in range(6)]
     assert len({image.numpy().tobytes() for image in images}) > 3
-    assert images[2].equal(load("cifar10", root, seed=1).train[0, 2][0])
-    assert images[2].equal(sets.train.take([3, 0])[1, 2][0])
-    others = [load("cifar10", root, seed=2).train[0, epoch][0] for epoch in range(6)]
+    assert images[2].equal(load("cifar10", root, seed=1).train[Drawn(0, 2)][0])
+    assert images[2].equal(sets.train.take([3, 0])[Drawn(1, 2)][0])
+    others = [load("cifar10", root, seed=2).train[Drawn(0, epoch)][0] for epoch in range(6)]
     assert any(not a.equal(b) for a, b in zip(images, others, strict=True))
 
 
@@ -218,14 +219,14 @@ def test_cifar_augmentation_is_a_shift_by_up_to_four_and_a_flip(make_tree):
     padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
     shifts = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
     allowed = {view.contiguous().numpy().tobytes() for shift in shifts for view in (shift, shift.flip(2))}
-    assert all(sets.train[0, epoch][0].contiguous().numpy().tobytes() in allowed for epoch in range(20))
+    assert all(sets.train[Drawn(0, epoch)][0].contiguous().numpy().tobytes() in allowed for epoch in range(20))
 
 
 def test_plain_position_and_held_out_sets_are_not_augmented(make_tree):
     sets = load("cifar10", make_tree({"train": 8, "test": 1}))
     assert sets.train[0][0].equal(sets.train[0][0])
     for part in (sets.val, sets.test, load("digits").train):
-        assert all(part[1, epoch][0].equal(part[1][0]) for epoch in range(4))
+        assert all(part[Drawn(1, epoch)][0].equal(part[1][0]) for epoch in range(4))
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------

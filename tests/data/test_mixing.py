@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from ares_lightning.data import BatchAugmentation
 
 IDS = torch.arange(8)
+NEIGHBOURS = [1, 0, 3, 2, 5, 4, 7, 6]
 
 
 @pytest.fixture
@@ -20,10 +21,10 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def test_mixup_mixes_pixels_and_labels_by_the_same_share(batch):
     images, labels = batch
     mixed, soft = BatchAugmentation(mixup=0.8).mix(images, labels, 3)
-    share = float(((mixed - images) / (images.flip(0) - images)).median())
+    share = float(((mixed - images) / (images[NEIGHBOURS] - images)).median())
     assert 0 < share < 1
-    torch.testing.assert_close(mixed, images * (1 - share) + images.flip(0) * share)
-    torch.testing.assert_close(soft, labels * (1 - share) + labels.flip(0) * share, atol=1e-4, rtol=0)
+    torch.testing.assert_close(mixed, images * (1 - share) + images[NEIGHBOURS] * share)
+    torch.testing.assert_close(soft, labels * (1 - share) + labels[NEIGHBOURS] * share, atol=1e-4, rtol=0)
 
 
 def test_cutmix_pastes_a_rectangle_and_labels_follow_its_area(batch):
@@ -34,9 +35,9 @@ def test_cutmix_pastes_a_rectangle_and_labels_follow_its_area(batch):
         assert torch.equal(pasted.expand(8, -1, -1), pasted[:1].expand(8, -1, -1))
         rows, columns = pasted[0].any(1).sum(), pasted[0].any(0).sum()
         assert int(pasted[0].sum()) == int(rows * columns), "a rectangle"
-        assert mixed.masked_select(pasted[:, None]).equal(images.flip(0).masked_select(pasted[:, None]))
+        assert mixed.masked_select(pasted[:, None]).equal(images[NEIGHBOURS].masked_select(pasted[:, None]))
         area = float(pasted[0].float().mean())
-        torch.testing.assert_close(soft, labels * (1 - area) + labels.flip(0) * area)
+        torch.testing.assert_close(soft, labels * (1 - area) + labels[NEIGHBOURS] * area)
 
 
 def test_with_both_each_step_takes_one(batch):
@@ -44,8 +45,62 @@ def test_with_both_each_step_takes_one(batch):
     kinds = set()
     for step in range(20):
         mixed, _ = augmentation.mix(*batch, step)
-        kinds.add(bool((mixed == batch[0]).any(1).any() or (mixed == batch[0].flip(0)).any(1).any()))
+        kinds.add(bool((mixed == batch[0]).any(1).any() or (mixed == batch[0][NEIGHBOURS]).any(1).any()))
     assert kinds == {True, False}
+
+
+def test_the_odds_of_cutmix_are_the_switch_probability(batch):
+    for switch_prob, alone in ((0.0, BatchAugmentation(mixup=0.8)), (1.0, BatchAugmentation(cutmix=1.0))):
+        both = BatchAugmentation(mixup=0.8, cutmix=1.0, switch_prob=switch_prob)
+        for step in range(20):
+            mixed = both.mix(*batch, step)[0]
+            pixels = (mixed == batch[0]) | (mixed == batch[0][NEIGHBOURS])
+            assert bool(pixels.all()) == (alone.cutmix > 0)
+    often = BatchAugmentation(mixup=0.8, cutmix=1.0, switch_prob=0.9)
+    pasted = sum(bool((often.mix(*batch, step)[0] == batch[0]).any()) for step in range(200))
+    assert 160 < pasted < 200
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.8}, {"cutmix": 1.0}])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_mixing_a_batch_is_mixing_its_halves(batch, settings, copies):
+    images, labels = batch
+    augmentation = BatchAugmentation(**settings, copies=copies)
+    whole = augmentation.mix(images, labels, 4)
+    halves = [augmentation.mix(images[part], labels[part], 4) for part in (slice(0, 4), slice(4, 8))]
+    for one, two in zip(whole, zip(*halves, strict=True), strict=True):
+        assert one.equal(torch.cat(two))
+    assert not whole[0].equal(images)
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_an_image_is_never_mixed_with_its_own_copy(copies):
+    ids = torch.arange(4).repeat_interleave(copies)
+    labels = F.one_hot(ids, 4).float()
+    _, soft = BatchAugmentation(mixup=0.8, copies=copies).mix(torch.rand(len(ids), 1, 4, 4), labels, 0)
+    partners = soft - labels * soft
+    assert partners.argmax(1).tolist() == torch.tensor([1, 0, 3, 2]).repeat_interleave(copies).tolist()
+    assert ((soft > 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.8}, {"cutmix": 1.0}])
+@pytest.mark.parametrize(
+    ("size", "copies", "alone"), [(7, 1, [6]), (1, 1, [0]), (5, 2, [4]), (7, 2, [5]), (3, 4, [0, 1, 2])]
+)
+def test_a_row_without_a_partner_keeps_its_pixels_and_its_label(batch, settings, size, copies, alone):
+    images, labels = batch[0][:size], F.one_hot(torch.arange(size), 8).float()
+    mixed, soft = BatchAugmentation(**settings, copies=copies).mix(images, labels, 0)
+    assert mixed[alone].equal(images[alone])
+    assert soft[alone].equal(labels[alone])
+    others = [row for row in range(size) if row not in alone]
+    assert ((soft[others] > 0).sum(1) == 2).all()
+
+
+def test_mixed_batches_keep_their_channels_last(batch):
+    images = batch[0].contiguous(memory_format=torch.channels_last)
+    for settings in ({"mixup": 0.8}, {"cutmix": 1.0}):
+        mixed, _ = BatchAugmentation(**settings).mix(images, batch[1], 0)
+        assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_mixing_belongs_to_seed_and_step(batch):
@@ -83,7 +138,18 @@ def test_erasing_belongs_to_the_sample_and_hits_its_share():
     assert not BatchAugmentation(erasing=0.25, seed=1).erase(images, ids, 3).equal(erased)
 
 
-@pytest.mark.parametrize("settings", [{"mixup": -1}, {"cutmix": float("inf")}, {"erasing": 1.5}])
+def test_copies_of_an_image_are_erased_differently_wherever_they_stand():
+    images, ids = torch.zeros(4, 1, 8, 8), torch.tensor([7, 7, 3, 7])
+    augmentation = BatchAugmentation(erasing=1.0)
+    erased = augmentation.erase(images, ids, 0)
+    assert len({image.numpy().tobytes() for image in erased}) == 4
+    assert augmentation.erase(images[:3], ids[1:], 0).equal(erased[[0, 2, 1]])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"mixup": -1}, {"cutmix": float("inf")}, {"erasing": 1.5}, {"switch_prob": -0.1}, {"mixup": "much"}],
+)
 def test_what_makes_no_sense_is_refused(settings):
     with pytest.raises(ValueError, match=rf"^{next(iter(settings))}="):
         BatchAugmentation(**settings)
