@@ -43,7 +43,7 @@ class _GradientAttack(Attack):
             if not len(search):
                 break
             step = self.ball.steepest_step(rows.images, gradient, self._step_size(search.eps))
-            rows.images = self.ball.project(step.add_(rows.images), search.clean, search.eps)
+            rows.images = self.ball.project(rows.images + step, search.clean, search.eps)
         last: Tensor = rows.images
         return last
 

@@ -100,7 +100,7 @@ class _LInf(Ball):
 
     def uniform(self, clean: Tensor, eps: Budget, noise: NoiseSource) -> Tensor:
         delta = noise("uniform", tuple(clean.shape[1:])).mul_(per_sample(eps, clean))
-        return self.project(delta.add_(clean), clean, eps)
+        return self.project(clean + delta, clean, eps)
 
 
 class _L2(Ball):
@@ -228,4 +228,4 @@ def _ball_point(direction: Tensor, clean: Tensor, eps: Budget, noise: NoiseSourc
     """Scale a direction [N, d] on the unit sphere to a uniform point of the ball: radius eps · u^(1/d)."""
     unit = (noise("uniform", (1,)) + 1) / 2
     radius = per_sample(eps, clean[:, :1, 0, 0]) * unit ** (1 / direction.shape[1])
-    return ball.project((direction * radius).view_as(clean).add_(clean).clamp_(0, 1), clean, eps)
+    return ball.project((clean + (direction * radius).view_as(clean)).clamp_(0, 1), clean, eps)
