@@ -3,7 +3,8 @@
     python benchmarks/training.py                     # resnet18 and vit_tiny on the CPU, at 224 pixels
     python benchmarks/training.py --device cuda --output benchmarks/results/training-cuda.json
 
-All take PGD-3 at 4/255 and update with SGD, each on its own copy of the network in the same memory layout.
+All take PGD-3 at 4/255 and update with SGD, each on its own copy of the network with channels last, which suits the
+published step too (resnet18 on the CPU: 12 % faster than in the layout that ARES leaves it in; ViT: equal).
 published: the step of ARES 2.0 (robust_training, arXiv 2302.14301), written out below; float32, its default.
 plain: cross-entropy on clean images, float32.
 ours: crafting and loss of AdversarialTraining as RobustTraining calls them, in float32, under bf16 autocast and, on
@@ -40,6 +41,7 @@ from torch.optim import SGD, Optimizer
 from ares_lightning.attacks import make_attack
 from ares_lightning.models import Classifier, make_classifier
 from ares_lightning.training import AdversarialTraining, Objective, StandardTraining
+from ares_lightning.training.attention import split_attention
 from ares_lightning.training.cost import count_flops
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -75,6 +77,8 @@ def make_contenders(network: Classifier, images: Tensor, labels: Tensor) -> list
 
     def ours(objective: Objective, precision: str, is_compiled: bool = False) -> Callable[[], None]:
         net, optimizer = _copy(network)
+        if precision == "bf16" and images.device.type == "cpu":
+            split_attention(net)
         if is_compiled:
             net.compile()
         autocast = torch.autocast(images.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
@@ -153,13 +157,13 @@ def compete(name: str, images: Tensor, labels: Tensor, rounds: int, rates: dict[
     num_images, device = len(images), images.device
     with torch.inference_mode():
         forward = count_flops(lambda: copy.deepcopy(network).eval()(images)) / num_images
-    flops: dict[str, float] = {}
+    flops: dict[tuple[str, str], float] = {}
     memory, peaks = PeakMemory(device), []
     for contender in contenders:
         for _ in range(WARM_UP):
             contender.step()
         if not contender.is_compiled:
-            flops[contender.name] = count_flops(contender.step) / num_images
+            flops[contender.name, contender.precision] = count_flops(contender.step) / num_images
         memory.start()
         contender.step()
         peaks.append(memory.growth())
@@ -170,7 +174,7 @@ def compete(name: str, images: Tensor, labels: Tensor, rounds: int, rates: dict[
             taken.append(time_step(contender.step, device))
     rows = []
     for contender, taken, peak in zip(contenders, seconds, peaks, strict=True):
-        count = flops[contender.name.removesuffix(", compiled")]
+        count = flops[contender.name.removesuffix(", compiled"), contender.precision]
         rate = num_images / statistics.median(taken)
         rows.append(
             {

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 
 from ares_lightning.attacks import Attack
 from ares_lightning.data import BatchAugmentation
+from ares_lightning.training.attention import split_attention
 from ares_lightning.training.objectives import Logs, Objective
 from ares_lightning.training.optim import OptimSettings
 
@@ -59,6 +60,11 @@ class RobustTraining(L.LightningModule):
         self.num_classes = num_classes
         self.clean_acc = MeanMetric()
         self.robust_acc = MeanMetric()
+
+    def on_fit_start(self) -> None:
+        """Choose the form of attention that is the faster to train here."""
+        if self.device.type == "cpu" and self.trainer.precision == "bf16-mixed":
+            split_attention(self.net)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Craft on the network as it is, then return the loss on what was crafted."""
