@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import SmallNet
+from torch.utils.data import DataLoader, TensorDataset
 
 from ares_lightning.attacks import make_attack
-from ares_lightning.training import AdversarialTraining, StandardTraining
+from ares_lightning.models import make_classifier
+from ares_lightning.training import AdversarialTraining, RobustTraining, StandardTraining
+from ares_lightning.training.attention import split_attention
 from ares_lightning.training.optim import OptimSettings
 
 
@@ -96,3 +100,33 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
 def test_optimizer_settings_that_make_no_sense_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         OptimSettings(**{"name": "adamw", "lr": 0.1, "weight_decay": 0.0, **change})
+
+
+def test_attention_taken_apart_has_the_same_gradient():
+    facts = {"in_chans": 3, "num_classes": 10, "img_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    net = make_classifier("vit_tiny_patch16_224", **facts, depth=2, embed_dim=32, num_heads=2).double()
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    (fused,) = torch.autograd.grad(net(images).square().sum(), images)
+    split_attention(net)
+    assert not any(block.attn.fused_attn for block in net.backbone.blocks)
+    (split,) = torch.autograd.grad(net(images).square().sum(), images)
+    torch.testing.assert_close(split, fused)
+
+
+@pytest.mark.parametrize(("precision", "is_fused"), [("bf16-mixed", False), ("32-true", True)])
+def test_attention_is_taken_apart_for_bf16_on_the_cpu_alone(precision, is_fused):
+    facts = {"in_chans": 3, "num_classes": 10, "img_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    net = make_classifier("vit_tiny_patch16_224", **facts, depth=1, embed_dim=32, num_heads=2)
+    module = RobustTraining(
+        net,
+        num_classes=10,
+        objective=AdversarialTraining(make_attack("pgd", steps=1)),
+        optim=OptimSettings(name="sgd", lr=0.1, weight_decay=0.0),
+        val_attack=make_attack("fgsm"),
+        config={},
+    )
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    batches = DataLoader(TensorDataset(images, torch.tensor([1, 2, 3, 4]), torch.arange(4)), batch_size=4)
+    trainer = L.Trainer(accelerator="cpu", precision=precision, fast_dev_run=True, logger=False)
+    trainer.fit(module, batches, batches)
+    assert all(block.attn.fused_attn is is_fused for block in net.backbone.blocks)
