@@ -40,9 +40,9 @@ from torch.optim import SGD, Optimizer
 
 from ares_lightning.attacks import make_attack
 from ares_lightning.models import Classifier, make_classifier
-from ares_lightning.training import AdversarialTraining, Objective, StandardTraining
 from ares_lightning.training.attention import split_attention
 from ares_lightning.training.cost import count_flops
+from ares_lightning.training.objectives import AdversarialTraining, InnerAttack, Objective, StandardTraining
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NUM_CLASSES = 1000
@@ -92,7 +92,9 @@ def make_contenders(network: Classifier, images: Tensor, labels: Tensor) -> list
         return step
 
     net, optimizer = _copy(network)
-    adversarial = AdversarialTraining(make_attack("pgd", eps=EPS, steps=STEPS, step_size=STEP_SIZE))
+    adversarial = AdversarialTraining(
+        InnerAttack(attack=make_attack("pgd", eps=EPS, steps=STEPS, step_size=STEP_SIZE))
+    )
     contenders = [
         Contender("published", "float32", lambda: published_step(net, images, labels, optimizer)),
         Contender("plain", "float32", ours(StandardTraining(), "float32")),

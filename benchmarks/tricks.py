@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -85,9 +86,7 @@ class Laboratory:
 
     def accuracies(self, overrides: tuple[str, ...], eps: str, seed: int, weights: str) -> dict[str, float]:
         """Return clean accuracy and accuracy under PGD-20 of the last checkpoint of a training, in percent."""
-        run = self.place / "-".join([*overrides, eps, str(seed)]).replace("/", "_").replace("=", "_").replace(
-            " ", ""
-        )
+        run = self.place / re.sub(r"[^\w.-]+", "_", "-".join([*overrides, eps, str(seed)]))
         if not (run / "checkpoints" / "last.ckpt").exists():
             start = time.monotonic()
             settings = [f"threat.eps={eps}", f"seed={seed}", f"trainer.max_epochs={self.epochs}"]
@@ -97,7 +96,8 @@ class Laboratory:
         which = [f"weights={weights}"] if any("ema" in override for override in overrides) else []
         subset = f"subset=random:{self.num_test}@0"
         ckpt = f"ckpt={run / 'checkpoints' / 'last.ckpt'}"
-        self._run("evaluate.py", ckpt, "eval=[clean,pgd20]", subset, *which, f"run_dir={judged}")
+        data = f"data.root={self.images}"
+        self._run("evaluate.py", ckpt, data, "eval=[clean,pgd20]", subset, *which, f"run_dir={judged}")
         rows = json.loads((judged / "summary.json").read_text())
         return {row["evaluator"]: 100 * row["value"] for row in rows}
 
@@ -110,6 +110,8 @@ class Laboratory:
 
 def first_images(data: Path, place: Path, per_class: int) -> Path:
     """Return a folder of links to the first images of each class for training, and to all test images."""
+    if place.exists():
+        return place
     for folder in sorted((data / "train").iterdir()):
         target = place / "train" / folder.name
         target.mkdir(parents=True)
@@ -165,7 +167,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = (arguments.runs or Path(scratch) / "runs").resolve()
         place.mkdir(parents=True, exist_ok=True)
-        images = first_images(arguments.data, Path(scratch) / "images", arguments.per_class)
+        images = first_images(arguments.data, place / "images", arguments.per_class)
         laboratory = Laboratory(place, images, arguments.epochs, arguments.num_test)
         rows = []
         for number, comparison in enumerate(COMPARISONS):

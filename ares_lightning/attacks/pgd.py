@@ -154,7 +154,7 @@ class PGD(BIM):
             images = search.clean
             if self.random_start == "normal":
                 noise = search.noise("normal", tuple(search.clean.shape[1:])).mul_(START_DEVIATION)
-                images = self.ball.project(noise.add_(search.clean), search.clean, search.eps)
+                images = self.ball.project(search.clean + noise, search.clean, search.eps)
             elif self.random_start:
                 images = self.ball.uniform(search.clean, search.eps, search.noise)
             images = self._climb(search, images, self.steps)

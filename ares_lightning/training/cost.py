@@ -51,7 +51,7 @@ def step_cost(net: nn.Module, objective: Objective, images: Tensor, labels: Tens
 
     Raises NotImplementedError for an objective that looks at values, which are not there.
     """
-    twin, objective = _without_memory(net), copy.deepcopy(objective)
+    twin, objective = _without_memory(net, objective)
     images, labels = images.to("meta"), labels.to("meta")
 
     def step() -> None:
@@ -111,10 +111,13 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 
-def _without_memory(net: nn.Module) -> nn.Module:
-    """Return a copy of a network on the meta device, which never copies a value."""
-    twins: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in net.parameters()
-    }
-    twins.update({id(buffer): torch.empty_like(buffer, device="meta") for buffer in net.buffers()})
-    return copy.deepcopy(net, twins)
+def _without_memory(net: nn.Module, objective: Objective) -> tuple[nn.Module, Objective]:
+    """Return copies of both, their parameters and buffers on the meta device; no value is ever copied."""
+    modules = [net, *(held for held in vars(objective).values() if isinstance(held, nn.Module))]
+    twins: dict[int, Any] = {}
+    for module in modules:
+        twins |= {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()
+        }
+        twins |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
+    return copy.deepcopy((net, objective), twins)

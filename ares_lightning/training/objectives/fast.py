@@ -41,7 +41,7 @@ class NFGSM(AdversarialTraining):
         """Return the images after noise and one step."""
         eps, key = self.inner.at(epoch).threat.eps, (epoch_seed(self.inner.seed, epoch), "n_fgsm")
         noise = sample_noise("uniform", key, ids_of(images, sample_ids), tuple(images.shape[1:]), images)
-        noisy = noise.mul_(self.noise * eps).add_(images).clamp_(0, 1)
+        noisy = (images + noise.mul_(self.noise * eps)).clamp_(0, 1)
         with guarded(net, images.device, (*key, step), self.inner.mode):
             gradient = input_gradient(net, noisy, labels)
         return (noisy + eps * gradient.sign()).clamp_(0, 1)
@@ -82,7 +82,7 @@ class GradAlign(AdversarialTraining):
         """Return the FGSM examples; their gradient and the points x + u are kept for the loss."""
         eps, key = self.inner.at(epoch).threat.eps, (epoch_seed(self.inner.seed, epoch), "gradalign")
         noise = sample_noise("uniform", key, ids_of(images, sample_ids), tuple(images.shape[1:]), images)
-        self._beside = noise.mul_(eps).add_(images)
+        self._beside = images + noise.mul_(eps)
         with guarded(net, images.device, (*key, step), self.inner.mode):
             self._gradient = input_gradient(net, images, labels)
         return (images + eps * self._gradient.sign()).clamp_(0, 1)
