@@ -67,7 +67,9 @@ def test_the_loss_of_mart_by_hand():
 
 
 def test_the_loss_of_advprop_by_hand_is_the_sum_of_both():
-    ce = [-sum(math.log(softmax(z)[y]) for z, y in zip(logits, LABELS, strict=True)) / 2 for logits in (CLEAN, MOVED)]
+    ce = [
+        -sum(math.log(softmax(z)[y]) for z, y in zip(logits, LABELS, strict=True)) / 2 for logits in (CLEAN, MOVED)
+    ]
     assert by_hand(AdvProp(inner())).item() == pytest.approx(sum(ce), rel=1e-12)
 
 
@@ -165,7 +167,9 @@ def test_trades_with_split_norms_holds_the_prediction_through_one_to_that_throug
         clean = net(images).softmax(1).detach()
         main, net.features[1] = net.features[1], other
         start = normal_start(images, ids)
-        x = pgd(net, images, start, lambda z: F.kl_div(z.log_softmax(1), clean, reduction="sum"), size=0.05, steps=2)
+        x = pgd(
+            net, images, start, lambda z: F.kl_div(z.log_softmax(1), clean, reduction="sum"), size=0.05, steps=2
+        )
         net.features[1] = main
         return x
 
@@ -201,5 +205,3 @@ def test_split_norms_come_back_after_an_error():
 def test_a_network_without_batch_norms_has_none_to_split():
     with pytest.raises(ValueError, match=r"^split_bn=true: the network has no batch norms"):
         AuxiliaryNorms(nn.Linear(2, 2))
-
-
