@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -53,6 +53,8 @@ from ares_lightning.models.preprocessing import own_preprocessing
 from ares_lightning.models.weights import WHICH, no_such_weights, timm_name, trained_weights
 from ares_lightning.models.zoo import find_file
 from ares_lightning.training import RobustTraining
+from ares_lightning.training.cost import StepCost, step_cost
+from ares_lightning.training.forecast import Forecast
 from ares_lightning.training.loggers import MetricsFile
 from ares_lightning.training.module import MONITORED, to_pixels
 from ares_lightning.training.objectives import OBJECTIVES, AuxiliaryNorms, InnerAttack, Objective
@@ -329,6 +331,7 @@ def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> Ro
     augmentation = _batch_augmentation(cfg, data)
     objective = build_objective(cfg, net, data.num_classes)
     _check_together(cfg, objective)
+    _checkpoint_activations(cfg, net)
     return RobustTraining(
         net,
         num_classes=data.num_classes,
@@ -341,6 +344,22 @@ def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> Ro
         compile=cfg.trainer.compile,
         config=_plain(cfg),
     )
+
+
+def _checkpoint_activations(cfg: DictConfig, net: Classifier) -> None:
+    """Have the network keep less of a forward and compute it again in the backward, where that is wanted."""
+    for key in ("compile", "activation_checkpointing"):
+        if type(cfg.trainer[key]) is not bool:
+            raise ConfigError(f"trainer.{key}={cfg.trainer[key]}: expected true or false")
+    if not cfg.trainer.activation_checkpointing:
+        return
+    backbone: Any = net.backbone
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise ConfigError(
+            f"trainer.activation_checkpointing=true: {cfg.model.name} cannot; set it to false"
+        ) from error
 
 
 def _check_together(cfg: DictConfig, objective: Objective) -> None:
@@ -387,19 +406,42 @@ def _batch_augmentation(cfg: DictConfig, data: RobustDataModule) -> BatchAugment
     return augmentation
 
 
-def rehearse(module: RobustTraining, data: RobustDataModule) -> None:
-    """Compute the loss on two training images, so that settings that do not go together show before the run."""
+def rehearse(module: RobustTraining, data: RobustDataModule) -> StepCost | None:
+    """Compute the loss on two training images, so that settings that do not go together show before the run.
+
+    Returns what a step costs, None for a network that cannot be followed without computing.
+    """
     samples = (data.train_set[place] for place in range(len(data.train_set)))
     readable = (sample for sample in samples if not isinstance(sample, Unreadable))
     images, labels, sample_ids = collate(list(islice(readable, 2)))
-    with section("adv"), torch.random.fork_rng([]):
+    with torch.random.fork_rng([]):
         module.eval()
-        module.loss(to_pixels(images), labels, sample_ids)
+        with section("adv"):
+            module.loss(to_pixels(images), labels, sample_ids)
+        with section("aug"), torch.no_grad():
+            for side in () if data.resolution is None else data.resolution.all:
+                _check_resolution(module.net, images, side)
         module.train()
+        pixels, targets = module.augmented(to_pixels(images), labels, sample_ids)
+        with suppress(NotImplementedError):
+            return step_cost(module.net, module.objective, pixels, targets)
+    return None
 
 
-def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
-    """Build the Lightning Trainer with its callbacks and loggers; writes nothing yet."""
+def _check_resolution(net: torch.nn.Module, images: torch.Tensor, side: int) -> None:
+    try:
+        net(images.new_zeros(len(images), images.shape[1], side, side, dtype=torch.float32))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"resolution: the network cannot take {side} pixels: {_one_line(error)}") from error
+
+
+def build_trainer(
+    cfg: DictConfig, run_dir: Path, *, cost: StepCost | None = None, reload: bool = False
+) -> L.Trainer:
+    """Build the Lightning Trainer with its callbacks and loggers; writes nothing yet.
+
+    cost: of a step, for the forecast. reload: make the training loader anew for every epoch.
+    """
     settings = {key: value for key, value in _plain(cfg.trainer).items() if key not in _TRAINER_KEYS}
     for key in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch"):
         with section("trainer"):
@@ -411,11 +453,12 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
     try:
         return L.Trainer(
             **settings,
-            callbacks=_callbacks(cfg, run_dir, checkpoints=not debugging),
+            callbacks=[*_callbacks(cfg, run_dir, checkpoints=not debugging), Forecast(cost)],
             logger=False if debugging else _loggers(cfg, run_dir),
             default_root_dir=run_dir,
             gradient_clip_val=cfg.optim.clip_grad_norm,
             inference_mode=False,  # a network may cache tensors in validation that a later attack differentiates
+            reload_dataloaders_every_n_epochs=int(reload),
             use_distributed_sampler=False,  # the data module shards by itself, without duplicates
             enable_progress_bar=cfg.callbacks.progress,
             enable_model_summary=False,

@@ -94,7 +94,7 @@ def train(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
         module = build_module(cfg, net, data)
         evaluation = build_evaluation(cfg, data)
         taken = None if resume else take_weights(cfg, net)
-        rehearse(module, data)
+        cost = rehearse(module, data)
         folder = Path(cfg.launch.root) / str(cfg.name)
         run_dir = run_dir or folder / _training_id(folder)
         if resume is not None:
@@ -103,7 +103,7 @@ def train(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
             raise ConfigError(
                 f"run_dir={run_dir}: already holds a run; give resume=last to go on, or another run_dir"
             )
-        trainer = build_trainer(cfg, run_dir)
+        trainer = build_trainer(cfg, run_dir, cost=cost, reload=data.varies)
     if _is_main_process():
         if taken:
             print(taken)

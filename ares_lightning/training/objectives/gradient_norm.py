@@ -17,7 +17,7 @@ class GradientNorm(Objective):
     """Cross-entropy on clean images, plus what a linear network would lose to the adversary.
 
     `ce_weight · mean CE + penalty · r · eps · mean ‖∇CE(x)‖_q`, where q is the dual of the threat model's norm and
-    r rises from 0 to 1 over the first epochs. The penalty is differentiated through.
+    r rises from 0 to 1 over the first epochs. The penalty is differentiated: about 6 F a step.
 
     ce_weight: 0.8. penalty: 1.2. ramp_epochs: 5, in steps of one epoch. (All: the authors' code.)
 

@@ -21,7 +21,7 @@ from ares_lightning.attacks.pgd import BIM
 from ares_lightning.training.objectives.auxiliary import AuxiliaryNorms
 
 Logs = dict[str, Tensor]
-EPOCHS_PER_SEED = 1_000_000
+EPOCHS_PER_SEED, EPOCHS_PER_VIEW = 1_000_000, 100_000
 
 
 class Objective(ABC):
@@ -124,20 +124,15 @@ class InnerAttack:
         view: int = 0,
     ) -> Tensor:
         """Return the attack's last iterates; arguments as in `Attack.craft`. Every `view` has noise of its own."""
-        attack, seed = self.at(epoch), epoch_seed(self.seed, epoch)
+        attack, seed = self.at(epoch), epoch_seed(self.seed, epoch, view)
         if attack.threat.eps == 0:
             return images
-        if view:
-            seed = -(seed * MAX_VIEWS + view)
         return attack.craft(net, images, labels, loss=loss, sample_ids=sample_ids, seed=seed, mode=self.mode)
 
 
-MAX_VIEWS = 100
-
-
-def epoch_seed(seed: int, epoch: int) -> int:
-    """Return a seed of its own for every (seed, epoch)."""
-    return seed * EPOCHS_PER_SEED + epoch
+def epoch_seed(seed: int, epoch: int, view: int = 0) -> int:
+    """Return a seed of its own for every (seed, epoch) and view of an image."""
+    return seed * EPOCHS_PER_SEED + view * EPOCHS_PER_VIEW + epoch
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

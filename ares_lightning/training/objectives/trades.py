@@ -112,10 +112,10 @@ class MART(AdversarialTraining):
         with through(self.auxiliary):
             moved = net(adversarial)
         log_clean, log_moved = log_probabilities(clean), log_probabilities(moved)
-        own = F.one_hot(labels, moved.shape[1]).bool()
-        likeliest_other = log_moved.exp().masked_fill(own, 0).amax(1)
+        own = labels[:, None]
+        likeliest_other = log_moved.exp().scatter(1, own, 0).amax(1)
         boosted = F.cross_entropy(moved, labels) - (BOOST - likeliest_other + TINY).log().mean()
-        weights = WEIGHT - log_clean.exp()[own]
+        weights = WEIGHT - log_clean.exp().gather(1, own).squeeze(1)
         gap = (divergence(log_clean, log_moved) * weights).mean()
         logs = {"clean_acc": accuracy(clean, labels), "robust_acc": accuracy(moved, labels)}
         return boosted + self.beta * gap, logs
