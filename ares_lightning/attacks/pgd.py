@@ -101,9 +101,8 @@ class BIM(_GradientAttack):
         """Return the attack with steps `factor` times as long."""
         if isinstance(self.step_size, float):
             return self.replace(step_size=factor * self.step_size)
-        return self.replace(
-            step_size=f"{factor * float(self._step_size(torch.ones((), dtype=torch.float64)))}{OF_BUDGET}"
-        )
+        in_budgets = float(self._step_size(torch.ones((), dtype=torch.float64)))
+        return self.replace(step_size=f"{factor * in_budgets}{OF_BUDGET}")
 
     def _climb(self, search: Search, images: Tensor, steps: int) -> Tensor:
         stands_still = self.step_size in (0.0, f"0.0{OF_BUDGET}")

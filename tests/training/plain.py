@@ -76,10 +76,7 @@ def assert_same_training(
 def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for name, value in ours.state_dict().items():
-        expected = theirs.state_dict()[name]
-        torch.testing.assert_close(
-            value, expected, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        assert torch.allclose(value, theirs.state_dict()[name], rtol=1e-9, atol=1e-9), name
 
 
 def pgd(

@@ -80,7 +80,7 @@ class Quadratic(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_gradalign_counts_images_of_any_gradient_but_zero(dtype):
-    """Tiny gradients, of images that the network is sure of, are as aligned as others; rows without leave the mean."""
+    """Tiny gradients, of images that the network is sure of, count like others; rows without leave the mean."""
     slope = torch.tensor([[1.0, 1.0], [1e-12, 1e-12], [0.0, 0.0]], dtype=dtype)
     net, objective = Quadratic(slope), GradAlign(inner("fgsm"), gradalign=1.0)
     images, labels = torch.full((3, 2, 1, 1), 0.5, dtype=dtype), torch.zeros(3, dtype=torch.int64)
@@ -126,7 +126,7 @@ def test_free_training_is_the_authors_loop():
 
 
 def test_free_training_goes_on_from_the_perturbation_it_saved():
-    images, labels, ids = next(batches())
+    images, labels, _ = next(batches())
     first, second = FreeTraining(inner("fgsm")), FreeTraining(inner("fgsm"))
     net = network()
     assert first.state_dict() == {}
