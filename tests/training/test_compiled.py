@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from ares_lightning.attacks import make_attack
 from ares_lightning.models import make_classifier
-from ares_lightning.training import AdversarialTraining
+from ares_lightning.training.objectives import AdversarialTraining, InnerAttack
 
 IMG_SIZE, CLASSES = 32, 10
 
@@ -70,7 +70,7 @@ class Graphs:
 def test_the_compiled_backward_of_the_attack_holds_no_gradient_of_a_weight(make, convolutions, linears):
     net, graphs = make().train(), Graphs()
     net.compile(backend=graphs.backend())
-    objective = AdversarialTraining(make_attack("pgd", steps=3))
+    objective = AdversarialTraining(InnerAttack(attack=make_attack("pgd", steps=3)))
     images, labels = batch(0)
     adversarial = objective.craft(net, images, labels, 0)
     assert graphs.gradients() == Counter(images=convolutions, weights=0, products=linears)
@@ -83,7 +83,7 @@ def test_a_network_is_compiled_once_for_the_attack_once_for_the_update_and_once_
     torch.compiler.reset()
     net = make()
     net.compile()
-    objective = AdversarialTraining(make_attack("pgd", steps=3))
+    objective = AdversarialTraining(InnerAttack(attack=make_attack("pgd", steps=3)))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
 
     def epoch(number: int) -> None:

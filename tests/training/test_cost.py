@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ares_lightning.attacks import make_attack
 from ares_lightning.models import make_classifier
-from ares_lightning.training import AdversarialTraining, Objective, StandardTraining
 from ares_lightning.training.cost import count_flops, step_cost
+from ares_lightning.training.objectives import AdversarialTraining, InnerAttack, Objective, StandardTraining
 
 
 def network(name: str, img_size: int = 224) -> nn.Module:
@@ -76,7 +76,7 @@ def test_a_pgd_3_step_costs_9_forwards(name):
     """3 forwards and input gradients, then one forward and a full backward: (2 · 3 + 3) F and no more."""
     net = network(name).train()
     images, labels = torch.rand(1, 3, 224, 224), torch.tensor([3])
-    objective = AdversarialTraining(make_attack("pgd", steps=3))
+    objective = AdversarialTraining(InnerAttack(attack=make_attack("pgd", steps=3)))
 
     def step():
         adversarial = objective.craft(net, images, labels, 0)
@@ -98,7 +98,9 @@ def test_the_cost_grows_by_two_forwards_with_each_step_of_the_attack():
     standard = step_cost(net, StandardTraining(), images, labels).step
     assert 2.9 < standard <= 3
     for steps in 1, 2, 10:
-        cost = step_cost(net, AdversarialTraining(make_attack("pgd", steps=steps)), images, labels).step
+        cost = step_cost(
+            net, AdversarialTraining(InnerAttack(attack=make_attack("pgd", steps=steps))), images, labels
+        ).step
         assert cost == pytest.approx(standard + 2 * steps, abs=0.01)
 
 
@@ -112,7 +114,7 @@ class CurvedTraining(Objective):
 
 
 @pytest.mark.parametrize(
-    "objective", [StandardTraining(), AdversarialTraining(make_attack("pgd")), CurvedTraining()]
+    "objective", [StandardTraining(), AdversarialTraining(InnerAttack(attack=make_attack("pgd"))), CurvedTraining()]
 )
 def test_counting_computes_nothing_and_changes_nothing(objective):
     net, images, labels = SmallNet().train(), torch.rand(4, 3, 6, 5), torch.tensor([1, 2, 3, 4])
