@@ -37,8 +37,13 @@ class Run:
     module: RobustTraining
     folder: Path
 
-    def checkpoint(self, name: str = "last") -> dict[str, Any]:
-        loaded: dict[str, Any] = torch.load(self.folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    @property
+    def end(self) -> Path:
+        """The checkpoint of the end of the training."""
+        return self.folder / "end.ckpt"
+
+    def checkpoint(self, path: Path | None = None) -> dict[str, Any]:
+        loaded: dict[str, Any] = torch.load(path or self.end, weights_only=True)
         return loaded
 
 
@@ -58,7 +63,9 @@ def fit(folder: Path, *overrides: str, callbacks: Sequence[Callback] = (), resum
     trainer = build.build_trainer(cfg, folder, reload=data.varies)
     trainer.callbacks[:0] = callbacks
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    return Run(trainer, module, folder)
+    run = Run(trainer, module, folder)
+    trainer.save_checkpoint(run.end)
+    return run
 
 
 def weights(net: torch.nn.Module) -> dict[str, Tensor]:

@@ -23,13 +23,14 @@ from torch import nn
 
 from ares_lightning.attacks import Threat
 from ares_lightning.training.objectives import Consistency, GradientNorm
+from ares_lightning.training.objectives.objective import EPOCHS_PER_VIEW
 
 
 def views_start(images, ids):
     """The two views of an image stand one after the other; the second has noise of its own."""
     start = torch.empty_like(images)
     start[0::2] = uniform_start(images[0::2], ids[0::2])
-    start[1::2] = uniform_start(images[1::2], ids[1::2], seed=-(NOISE_SEED * 100 + 1))
+    start[1::2] = uniform_start(images[1::2], ids[1::2], seed=NOISE_SEED + EPOCHS_PER_VIEW)
     return start
 
 
