@@ -12,7 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from ares_lightning import build
 from ares_lightning.launch import CONFIG_DIR
@@ -54,17 +54,37 @@ def config(*overrides: str) -> DictConfig:
         return compose("train", [*short, *overrides])
 
 
-def fit(folder: Path, *overrides: str, callbacks: Sequence[Callback] = (), resume: Path | None = None) -> Run:
+class InDouble(nn.Module):
+    """A network that computes in float64, so that two ways to train it can be told from rounding."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images.double())
+
+
+def fit(
+    folder: Path,
+    *overrides: str,
+    callbacks: Sequence[Callback] = (),
+    resume: Path | None = None,
+    in_double: bool = False,
+) -> Run:
     """Train as `train.py` does with these overrides, up to the evaluation."""
     cfg = config(*overrides)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build.build_data(cfg, training=True)
     module = build.build_module(cfg, build.build_classifier(cfg, data.num_classes), data)
+    if in_double:
+        module.net = InDouble(module.net)
     trainer = build.build_trainer(cfg, folder, reload=data.varies)
     trainer.callbacks[:0] = callbacks
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     run = Run(trainer, module, folder)
-    trainer.save_checkpoint(run.end)
+    if trainer.world_size == 1:
+        trainer.save_checkpoint(run.end)
     return run
 
 
