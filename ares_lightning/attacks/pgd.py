@@ -127,7 +127,7 @@ class PGD(BIM):
     """Projected gradient descent: BIM from a random point of the ball (k F + k B a restart).
 
     random_start: begin at a uniform point of ball ∩ box rather than at the clean image; `normal` begins beside the
-        clean image, at normal noise of deviation 0.001 (TRADES, arXiv 1901.08573, algorithm 1).
+        clean image, at normal noise of deviation 0.001 (TRADES, arXiv 1901.08573, algorithm 1), in ball and box.
     restarts: runs from new random points for the samples not yet broken; the last iterates of each run but the
         final one cost one forward more to judge, so that R restarts cost R·k F + (R − 1) F + R·k B.
         `craft` makes one run.
