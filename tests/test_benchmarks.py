@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import statistics
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+
+from ares_lightning.models import make_classifier
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attacks.py"
 
@@ -72,6 +76,55 @@ def test_loading_is_measured_beside_torchvision(tmp_path):
     assert report["images"] == 40
     assert set(report["times"]) == {"torchvision", "torchvision, tensors"}
     assert all(len(rates) == 1 and rates[0] > 0 for rates in report["images_per_second"].values())
+
+
+def test_a_training_step_is_measured_beside_the_published_one(tmp_path):
+    output = tmp_path / "training.json"
+    small = ["--networks", "resnet18", "--img-size", "32", "--batch-size", "2", "--rounds", "2", "--threads", "1"]
+    command = [sys.executable, str(SCRIPT.with_name("training.py")), *small, "--output", str(output)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    report = json.loads(output.read_text())
+    assert report["hardware"]["threads"] == 1
+    assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
+    (network,) = report["networks"]
+    rows = {(row["step"], row["precision"]): row for row in network["rows"]}
+    assert list(rows) == [("published", "float32"), ("plain", "float32"), ("ours", "float32"), ("ours", "bf16")]
+    for row in rows.values():
+        assert len(row["seconds"]) == len(row["times"]) == 2
+        assert row["share_of_matrix_rate"] > 0
+        assert f"| {row['images_per_second']:.3g} |" in printed
+    assert rows["published", "float32"]["times"] == [1, 1]
+    assert rows["published", "float32"]["forwards"] == pytest.approx(13, abs=0.1)
+    assert rows["plain", "float32"]["forwards"] == pytest.approx(3, abs=0.1)
+    for precision in "float32", "bf16":
+        assert rows["ours", precision]["forwards"] == pytest.approx(9, abs=0.1)
+
+
+def test_the_published_step_is_that_of_its_description(monkeypatch):
+    """The weights move along the gradient at the iterate of the largest loss, which its waste does not change."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    training = importlib.import_module("training")
+    torch.manual_seed(0)
+    net = make_classifier("cnn", in_chans=3, num_classes=10, img_size=8, mean=training.MEAN, std=training.STD)
+    before = copy.deepcopy(net)
+    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([1, 2, 3, 4])
+    seen = []
+    net.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    training.published_step(net, images, labels, torch.optim.SGD(net.parameters(), lr=0.1))
+    *normalised, raw, chosen = seen
+    assert len(normalised) == training.STEPS
+    iterates = [x * net.normalize.std + net.normalize.mean for x in normalised] + [raw]
+    for x in iterates:
+        assert 0 <= x.min() <= x.max() <= 1
+        assert (x - images).abs().max() <= training.EPS + 1e-6
+    with torch.no_grad():
+        shown = torch.stack([*normalised, raw])
+        losses = torch.stack([F.cross_entropy(before.eval().backbone(x), labels, reduction="none") for x in shown])
+    best = torch.stack(iterates)[losses.argmax(0), torch.arange(4)]
+    torch.testing.assert_close(chosen, before.normalize(best), rtol=1e-4, atol=1e-4)
+    F.cross_entropy(before.train()(best), labels).backward()
+    for new, old in zip(net.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(new, old - 0.1 * old.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_the_data_page_shows_the_measured_loading():

@@ -39,6 +39,19 @@ def test_loading_is_faster_than_torchvisions_and_its_memory_stays_flat(tmp_path)
     assert max(memory[2:]) <= 1.05 * memory[1]
 
 
+def test_a_training_step_beats_the_published_one(tmp_path):
+    """The operations allow 1.44 times in float32; bf16 needs a processor with units for it."""
+    output = tmp_path / "training.json"
+    script = ROOT / "benchmarks" / "training.py"
+    subprocess.run([sys.executable, script, "--output", output], check=True, capture_output=True)
+    has_bf16 = "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    for part in json.loads(output.read_text())["networks"]:
+        times = {(row["step"], row["precision"]): statistics.median(row["times"]) for row in part["rows"]}
+        assert times["ours", "float32"] >= 1.25, part["network"]
+        if has_bf16:
+            assert times["ours", "bf16"] >= 2, part["network"]
+
+
 def accuracies(run_dir: Path) -> dict[str, float]:
     rows = json.loads((run_dir / "summary.json").read_text())
     return {row["evaluator"]: row["value"] for row in rows if row["evaluator"] != "curve"}

@@ -37,7 +37,8 @@ def count_flops(work: Callable[[], object]) -> int:
     compiled by `torch.compile` runs uncompiled for it. A fused attention kernel that computes its scores again in
     the backward is counted with them.
     """
-    with _Counter() as counter:
+    counter = _Counter()
+    with counter:
         work()
     return counter.flops
 
@@ -64,9 +65,9 @@ def step_cost(net: nn.Module, objective: Objective, images: Tensor, labels: Tens
     return StepCost(forward // len(images), flops / forward)
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
 
     def __torch_dispatch__(
@@ -90,8 +91,8 @@ def _convolution_backward(
 ) -> int:
     """Each of the two gradients takes as many operations as the forward; torch's formula forgets the groups."""
     transposed, output_mask = settings[4], settings[7]
-    positions = (images if transposed else gradient).shape[2:]
-    return 2 * len(images) * prod(positions) * weight.numel() * sum(output_mask[:2])
+    positions, num_gradients = (images if transposed else gradient).shape[2:], int(sum(output_mask[:2]))
+    return 2 * len(images) * prod(positions) * weight.numel() * num_gradients
 
 
 def _matrix_vector(matrix: Tensor, vector: Tensor, out_val: Tensor) -> int:

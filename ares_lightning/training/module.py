@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 
 from ares_lightning.attacks import Attack
 from ares_lightning.data import BatchAugmentation
+from ares_lightning.training.attention import split_attention
 from ares_lightning.training.objectives import Logs, Objective
 from ares_lightning.training.optim import OptimSettings
 
@@ -75,6 +76,11 @@ class RobustTraining(L.LightningModule):
         """Compile the network, if wanted, in place: its names and what is saved stay as they are."""
         if self.compiles and stage == "fit":
             self.net.compile()
+
+    def on_fit_start(self) -> None:
+        """Choose the form of attention that is the faster to train here."""
+        if self.device.type == "cpu" and self.trainer.precision == "bf16-mixed":
+            split_attention(self.net)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Craft on the network as it is, then return the loss on what was crafted."""
