@@ -47,6 +47,7 @@ from ares_lightning.evaluation.verdicts import Ledger
 from ares_lightning.models import ZOO, CheckpointError, Classifier, load_network, read_checkpoint
 from ares_lightning.models.checkpoints import find_checkpoint
 from ares_lightning.models.weights import trained_weights
+from ares_lightning.training.tricks import NonFiniteError
 
 PACKAGE = Path(__file__).parent
 CONFIG_DIR = next((path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()), PACKAGE)
@@ -238,7 +239,7 @@ def _main(config_name: str, work: Callable[[DictConfig, tuple[str, ...]], Metric
         os.environ["HYDRA_FULL_ERROR"] = wanted
         try:
             work(cfg, tuple(HydraConfig.get().overrides.task))
-        except (ConfigError, CheckpointError, ImageError, OmegaConfBaseException) as error:
+        except (ConfigError, CheckpointError, ImageError, NonFiniteError, OmegaConfBaseException) as error:
             if full_error:
                 raise
             traceback.clear_frames(error.__traceback__)  # lets go of loaders, whose workers would be waited for

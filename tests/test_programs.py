@@ -173,10 +173,12 @@ def test_wandb_works_offline_and_can_be_read_back(tmp_path):
 
 
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
-def test_every_choice_composes_and_builds(group, choice, tmp_path):
+def test_every_choice_composes_and_builds(group, choice, tmp_path, request):
     listed = group in ("trick", "eval")
     choice = f"[{choice}]" if listed else choice
     extra = {"wandb": ["logger.offline=true"], "cda": ["attack.generator=weights.pt"]}.get(choice, [])
+    if choice in ("ard", "rslad"):
+        extra = [f"adv.teacher={request.getfixturevalue('trained')}"]
     cfg = composed("train", f"{group}={choice}", f"run_dir={tmp_path}", *extra)
     data = build.build_data(cfg, training=True)
     build.build_module(cfg, build.build_classifier(cfg, data.num_classes), data)

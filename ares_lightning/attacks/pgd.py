@@ -101,7 +101,8 @@ class BIM(_GradientAttack):
         """Return the attack with steps `factor` times as long."""
         if isinstance(self.step_size, float):
             return self.replace(step_size=factor * self.step_size)
-        return self.replace(step_size=f"{factor * float(self._step_size(torch.ones(())))}{OF_BUDGET}")
+        in_budgets = float(self._step_size(torch.ones((), dtype=torch.float64)))
+        return self.replace(step_size=f"{factor * in_budgets}{OF_BUDGET}")
 
     def _climb(self, search: Search, images: Tensor, steps: int) -> Tensor:
         stands_still = self.step_size in (0.0, f"0.0{OF_BUDGET}")
@@ -126,7 +127,7 @@ class PGD(BIM):
     """Projected gradient descent: BIM from a random point of the ball (k F + k B a restart).
 
     random_start: begin at a uniform point of ball ∩ box rather than at the clean image; `normal` begins beside the
-        clean image, at normal noise of deviation 0.001 (TRADES, arXiv 1901.08573, algorithm 1).
+        clean image, at normal noise of deviation 0.001 (TRADES, arXiv 1901.08573, algorithm 1), in ball and box.
     restarts: runs from new random points for the samples not yet broken; the last iterates of each run but the
         final one cost one forward more to judge, so that R restarts cost R·k F + (R − 1) F + R·k B.
         `craft` makes one run.

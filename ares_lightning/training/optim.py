@@ -6,7 +6,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ class OptimSettings:
     cooldown_epochs: float = 0
     milestones: Sequence[float] = ()
     decay_rate: float = 0.1
-    points: Mapping[float, float] = field(default_factory=dict)
+    points: Mapping[float, float] | None = None
     clip_grad_norm: float | None = None
     agc: float | None = None
 
@@ -82,13 +82,11 @@ class OptimSettings:
             raise ValueError(f"milestones={self.milestones}: expected rising epochs")
         if self.schedule == "step" and not self.milestones:
             raise ValueError("milestones=[]: schedule=step needs the epochs at which the rate falls")
-        epochs = list(self.points)
-        if not all(map(_is_number, [*epochs, *self.points.values()])) or epochs != sorted(epochs):
-            raise ValueError(f"points={dict(self.points)}: expected {{epoch: multiple of lr}}, epochs rising")
-        if (self.schedule == "linear") != bool(epochs):
-            raise ValueError(
-                f"points={dict(self.points)}: go with schedule=linear, this is schedule={self.schedule}"
-            )
+        points = self.points or {}
+        if not all(map(_is_number, [*points, *points.values()])) or list(points) != sorted(points):
+            raise ValueError(f"points={points}: expected {{epoch: multiple of lr}}, epochs rising")
+        if (self.schedule == "linear") != bool(points):
+            raise ValueError(f"points={self.points}: go with schedule=linear, this is schedule={self.schedule}")
 
     def scaled(self, batch: int) -> OptimSettings:
         """Return the settings with the rate for a step of `batch` images over all processes, and no base_batch."""
@@ -131,7 +129,7 @@ class OptimSettings:
                 return start + (1 - start) * epoch / warmup
             if self.schedule == "step":
                 return float(self.decay_rate ** bisect.bisect_right(self.milestones, epoch))
-            if self.schedule == "linear":
+            if self.points:
                 return float(np.interp(epoch, list(self.points), list(self.points.values())))
             if self.schedule == "constant":
                 return 1.0

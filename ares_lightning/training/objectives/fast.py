@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,7 +97,8 @@ class GradAlign(AdversarialTraining):
         loss, logs = super().loss(net, images, adversarial, labels, step)
         with still_statistics(net.modules()):
             other = input_gradient(net, self._beside, labels, create_graph=True)
-        cosine = F.cosine_similarity(self._gradient.flatten(1), other.flatten(1), dim=1)
+        tiny = torch.finfo(other.dtype).tiny  # the gradients of images that the network is sure of count as well
+        cosine = F.cosine_similarity(self._gradient.flatten(1), other.flatten(1), dim=1, eps=tiny)
         counts = (self._gradient.flatten(1) != 0).any(1) & (other.detach().flatten(1) != 0).any(1)
         mean = (cosine * counts).sum() / counts.sum().clamp(min=1)
         return loss + self.gradalign * (1 - mean), {**logs, "gradient_cosine": mean.detach()}

@@ -19,6 +19,8 @@ class GradientNorm(Objective):
     `ce_weight · mean CE + penalty · r · eps · mean ‖∇CE(x)‖_q`, where q is the dual of the threat model's norm and
     r rises from 0 to 1 over the first epochs. The penalty is differentiated: about 6 F a step.
 
+    The network is in training mode, as everywhere here; the authors' code trains it in eval mode throughout.
+
     ce_weight: 0.8. penalty: 1.2. ramp_epochs: 5, in steps of one epoch. (All: the authors' code.)
 
     Rodríguez-Muñoz et al. 2024, arXiv 2409.20139, equation 4.

@@ -77,7 +77,8 @@ class Objective(ABC):
 class InnerAttack:
     """The attack of an objective, which may begin small; its noise is keyed by (seed, epoch, sample id).
 
-    mode: `eval` or `train`, the mode of the network while it is attacked, as in `Attack.craft`.
+    mode: `eval` or `train`, the mode of the network while it is attacked, as in `Attack.craft`; running statistics
+        stay, where code that attacks in training mode (Wong et al., N-FGSM, GradAlign, ARD) lets them move.
     eps_warmup_epochs: the budget grows in equal parts over so many epochs, from none at all in the first
         (Debenedetti et al. 2023, arXiv 2209.07399: 10). Steps given as multiples of the budget grow with it.
     step_warmup_epochs: so do the steps alone (ARES, arXiv 2302.14301: 5); without steps there is the random start.

@@ -25,6 +25,8 @@ class TRADES(AdversarialTraining):
     `mean CE(f(x), y) + beta · mean KL(p(x) ‖ p(x'))`, both differentiated; x' raises that divergence from the
     prediction for x in eval mode, from beside the clean image.
 
+    The authors' code passes the clean images twice, which shows in the running statistics of batch norms alone.
+
     beta: 6 (the paper, section 5.2.2). norms: where given, batch norms that the adversarial images pass instead.
 
     Zhang et al. 2019, arXiv 1901.08573, equation 5 and algorithm 1.

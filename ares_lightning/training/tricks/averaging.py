@@ -54,6 +54,9 @@ class WeightAverage(Callback):
             self._average.module.load_state_dict({key.removeprefix("net."): v for key, v in self._saved.items()})
         if getattr(pl_module, "compiles", False):
             self._average.module.compile()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count steps from here, where those of a training that goes on are known."""
         self._steps_before = trainer.global_step
 
     def on_train_batch_end(
@@ -130,7 +133,7 @@ class EMA(WeightAverage):
 
     def update(self, trainer: L.Trainer, net: nn.Module) -> bool:
         """Take the weights in after every step."""
-        self.average.update(net, step=self.num_updates + 1)
+        self.average.update(net, step=self.num_updates + 1 if self._warmup else None)  # timm copies at step 1
         return True
 
 

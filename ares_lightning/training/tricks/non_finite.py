@@ -31,6 +31,13 @@ class NonFiniteGuard(Callback):
         check_count("every_n_steps", every_n_steps)
         self._every_n_steps = every_n_steps
         self._first: Tensor | None = None
+        self._step = 0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count, from 1, the step that the batch belongs to."""
+        self._step = trainer.global_step + 1
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -39,8 +46,7 @@ class NonFiniteGuard(Callback):
         loss = outputs["loss"].detach()
         if self._first is None:
             self._first = torch.full((), NONE, device=loss.device)
-        updates = trainer.global_step + bool((batch_idx + 1) % trainer.accumulate_grad_batches)
-        step = torch.where(loss.isfinite(), NONE, updates)
+        step = torch.where(loss.isfinite(), NONE, self._step)
         self._first = torch.minimum(self._first, step)
         if trainer.is_last_batch or (batch_idx + 1) % self._every_n_steps == 0:
             self._look(trainer)
