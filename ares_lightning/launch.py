@@ -143,6 +143,10 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         raise WriteError(f"{error}; {goes_on} once there is room") from error
     except WandbError as error:
         raise ConfigError(f"logger=wandb: {error}; `wandb login`, or logger.offline=true") from error
+    except ValueError as error:
+        if not str(error).startswith("data.batch_size="):
+            raise
+        raise ConfigError(str(error)) from error
     except RuntimeError as error:
         _end_other_processes(trainer)
         if "DataLoader worker" not in str(error):

@@ -40,7 +40,7 @@ class Checkpoints(Checkpoint):
     validation included; the training then ends with Stopped.
 
     A training that goes on from `last.ckpt` does what an uninterrupted one would have done: beside Lightning's
-    state, a checkpoint holds the random state of every process, the sums of the epoch's running means, and the best
+    state, a checkpoint holds the place in the epoch, the random state of every process, the sums of the epoch's running means, and the best
     score. It is written only where no gradient waits for its optimizer step.
     """
 
@@ -59,6 +59,7 @@ class Checkpoints(Checkpoint):
         self.every_n_steps, self.stop = every_n_steps, stop
         self.best_score: float | None = None
         self._score: float | None = None
+        self._loader_state: Any = None
         self._random_states: dict[str, Tensor] = {}
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -67,9 +68,14 @@ class Checkpoints(Checkpoint):
         self.folder = trainer.strategy.broadcast(self.folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up the random state, and the decision to stop early; from here on signals wait for `last.ckpt`."""
+        """Take up the place in the epoch, the random state and the decision to stop early; have signals wait.
+
+        Raises ValueError where a step takes another number of images than before, in mid-epoch.
+        """
         if self.stop is not None:
             self.stop.defer(trainer)
+        if self._loader_state is not None:  # Lightning forgets it where the number of steps is asked for earlier
+            trainer.train_dataloader.load_state_dict(self._loader_state)
         _set_random_states(self._random_states, trainer)
         stoppers = trainer.early_stopping_callbacks
         if any(isinstance(it, EarlyStopping) and it.wait_count >= it.patience for it in stoppers):
@@ -130,12 +136,15 @@ class Checkpoints(Checkpoint):
     ) -> None:
         """Add what belongs to each process; all of them take part."""
         checkpoint["random_states"] = _random_states(trainer)
-        checkpoint["epoch_sums"] = {} if trainer.is_last_batch else _epoch_sums(trainer)
+        if not trainer.is_last_batch:
+            checkpoint["loader_state"] = trainer.train_dataloader.state_dict()
+            checkpoint["epoch_sums"] = _epoch_sums(trainer)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what belongs to each process until the training starts."""
+        self._loader_state = checkpoint.get("loader_state")
         self._random_states = checkpoint.get("random_states", {})
         self._sums = checkpoint.get("epoch_sums", {})
 
