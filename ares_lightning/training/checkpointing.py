@@ -40,8 +40,8 @@ class Checkpoints(Checkpoint):
     validation included; the training then ends with Stopped.
 
     A training that goes on from `last.ckpt` does what an uninterrupted one would have done: beside Lightning's
-    state, a checkpoint holds the place in the epoch, the random state of every process, the sums of the epoch's running means, and the best
-    score. It is written only where no gradient waits for its optimizer step.
+    state, a checkpoint holds the place in the epoch, the random state of every process, the sums of the epoch's
+    running means, and the best score. It is written only where no gradient waits for its optimizer step.
     """
 
     def __init__(
