@@ -75,7 +75,7 @@ class Checkpoints(Checkpoint):
         if self.stop is not None:
             self.stop.defer(trainer)
         if self._loader_state is not None:  # Lightning forgets it where the number of steps is asked for earlier
-            trainer.train_dataloader.load_state_dict(self._loader_state)
+            _loader(trainer).load_state_dict(self._loader_state)
         _set_random_states(self._random_states, trainer)
         stoppers = trainer.early_stopping_callbacks
         if any(isinstance(it, EarlyStopping) and it.wait_count >= it.patience for it in stoppers):
@@ -137,7 +137,7 @@ class Checkpoints(Checkpoint):
         """Add what belongs to each process; all of them take part."""
         checkpoint["random_states"] = _random_states(trainer)
         if not trainer.is_last_batch:
-            checkpoint["loader_state"] = trainer.train_dataloader.state_dict()
+            checkpoint["loader_state"] = _loader(trainer).state_dict()
             checkpoint["epoch_sums"] = _epoch_sums(trainer)
 
     def on_load_checkpoint(
@@ -150,6 +150,11 @@ class Checkpoints(Checkpoint):
 
 
 _BETTER: dict[str, Callable[[float, float], bool]] = {"max": float.__gt__, "min": float.__lt__}
+
+
+def _loader(trainer: L.Trainer) -> Any:
+    """Return the loader of the training images, which knows how far it is."""
+    return trainer.train_dataloader
 
 
 def _gathered(value: Tensor, trainer: L.Trainer) -> Tensor:
