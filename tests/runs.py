@@ -56,10 +56,10 @@ def run(*arguments: object, timeout: float = 300, **options: object) -> subproce
     return finish(start(*arguments, **options), timeout)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until a running process has written a file."""
+def wait_for(path: Path, process: subprocess.Popen[str], newer_than: int = 0) -> None:
+    """Wait until a running process has written a file, later than a time in ns."""
     deadline = time.monotonic() + 120
-    while not path.exists():
+    while not path.exists() or path.stat().st_mtime_ns <= newer_than:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -104,10 +104,10 @@ def survive(kills: int, seed: int, whole: Path, run_dir: Path) -> None:
     steps = ["callbacks.checkpoint.every_n_steps=1"]
     arguments = [*SHORT, *steps]
     for _ in range(kills):
+        config = run_dir / "config.yaml"
+        before = config.stat().st_mtime_ns if config.exists() else 0
         process = start("train.py", *arguments, f"run_dir={run_dir}")
-        wait_for(run_dir / "config.yaml", process)
-        if "resume=last" in arguments:
-            time.sleep(1.5)  # of the start; config.yaml was there before
+        wait_for(config, process, newer_than=before)  # it is written at each start
         time.sleep(moments.uniform(0, 1.5))
         process.kill()
         finish(process)
