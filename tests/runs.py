@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -33,12 +33,18 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def start(
-    *arguments: object, cwd: Path = ROOT, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()
+    *arguments: object, cwd: Path = ROOT, env: Mapping[str, str] | None = None, start_new_session: bool = False
 ) -> subprocess.Popen[str]:
     """Start `python <arguments>`."""
-    command = [*prefix, sys.executable, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=cwd, env=environment(**(env or {})), text=True, **pipes)
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(**(env or {})),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=start_new_session,
+    )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:

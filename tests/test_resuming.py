@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import signal
 import time
@@ -146,6 +147,16 @@ def test_a_signal_stops_a_training_in_mid_epoch_without_loss(signum, tmp_path):
     other = tmp_path / "whole"
     assert run("train.py", *longer, f"run_dir={other}").returncode == 0
     assert_same_run(tmp_path, other)
+
+
+def test_a_signal_to_every_process_of_a_job_leaves_the_loading_processes_at_work(tmp_path):
+    longer = [*SHORT, "trainer.limit_train_batches=19", "trainer.max_epochs=40", "data.num_workers=2"]
+    process = start("train.py", *longer, f"run_dir={tmp_path}", start_new_session=True)
+    wait_for(tmp_path / "checkpoints" / "last.ckpt", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    done = finish(process)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert re.search("stopped by SIGTERM at step", done.stderr)
 
 
 def test_ctrl_c_pressed_twice_interrupts_at_once(tmp_path):
