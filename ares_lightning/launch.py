@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -284,12 +285,14 @@ def _main(config_name: str, work: Callable[[DictConfig, tuple[str, ...]], Metric
         except (ConfigError, CheckpointError, ImageError, WriteError, OmegaConfBaseException) as error:
             if full_error:
                 raise
-            traceback.clear_frames(error.__traceback__)  # lets go of loaders, whose workers would be waited for
+            _let_go_of_loaders(error)
             sys.exit(_complaint(error))
         except KeyboardInterrupt as error:
+            _let_go_of_loaders(error)
             print(f"interrupted: {error or 'the same command goes on where it stopped'}", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
         except Stopped as stopped:
+            _let_go_of_loaders(stopped)
             if not is_main_process():  # else a launcher would kill rank 0, which speaks for all
                 sys.exit(0)
             print(stopped, file=sys.stderr)
@@ -302,6 +305,14 @@ def _main(config_name: str, work: Callable[[DictConfig, tuple[str, ...]], Metric
         if full_error:
             raise
         sys.exit(_complaint(error))
+
+
+def _let_go_of_loaders(error: BaseException | None) -> None:
+    """Free what the frames of an error hold: loaders, whose processes the end of the program would wait for."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
 
 
 def _complaint(error: Exception) -> str:

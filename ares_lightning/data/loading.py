@@ -153,7 +153,7 @@ class ImageLoader(DataLoader[Any]):
 
 
 def _leave_signals_to_the_main_process(worker_id: int) -> None:
-    """Ignore what schedulers send to every process of a job: the main process still needs its batches to end well."""
+    """Ignore what schedulers send to every process of a job: the main one still needs its batches to end well."""
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
 
