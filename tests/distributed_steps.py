@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ares_lightning import build
 from ares_lightning.launch import CONFIG_DIR
+from ares_lightning.training.preemption import StopSignals
 
 STEPS_UNSEEN = 2
 
@@ -48,7 +50,7 @@ def main(run_dir: str, overrides: list[str]) -> None:
     data = build.build_data(cfg, training=True)
     module = build.build_module(cfg, build.build_classifier(cfg, data.num_classes), data)
     collectives = Collectives()
-    trainer = build.build_trainer(cfg, run_dir=build.Path(run_dir))
+    trainer = build.build_trainer(cfg, Path(run_dir), StopSignals())
     trainer.callbacks.append(collectives)
     trainer.fit(module, datamodule=data)
     if trainer.is_global_zero:

@@ -161,8 +161,10 @@ def _gathered(value: Tensor, trainer: L.Trainer) -> Tensor:
     """Return the tensors of all processes, [processes, …], on the CPU."""
     if trainer.world_size == 1:
         return value.detach().cpu().clone()[None]
-    gathered = trainer.strategy.all_gather(value.detach().to(trainer.strategy.root_device))
-    return gathered.reshape(trainer.world_size, *value.shape).cpu()
+    own = value.detach().to(trainer.strategy.root_device)
+    gathered = [torch.empty_like(own) for _ in range(trainer.world_size)]
+    torch.distributed.all_gather(gathered, own)
+    return torch.stack(gathered).cpu()
 
 
 def _random_states(trainer: L.Trainer) -> dict[str, Tensor]:
@@ -174,8 +176,11 @@ def _random_states(trainer: L.Trainer) -> dict[str, Tensor]:
 
 
 def _set_random_states(states: dict[str, Tensor], trainer: L.Trainer) -> None:
-    """Give this process its state, where there were fewer processes that of another one."""
-    own = {name: saved[trainer.global_rank % len(saved)] for name, saved in states.items()}
+    """Give this process its state, where there were fewer processes that of another one.
+
+    A copy of it: torch reads a state from the beginning of its storage, whichever part of that it is given.
+    """
+    own = {name: saved[trainer.global_rank % len(saved)].clone() for name, saved in states.items()}
     if "cpu" in own:
         torch.set_rng_state(own["cpu"])
     if "cuda" in own and trainer.strategy.root_device.type == "cuda":
