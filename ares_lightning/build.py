@@ -385,15 +385,20 @@ def name_wandb_run(cfg: DictConfig, saved: DictConfig | None) -> None:
             cfg.logger.id = cfg.logger.id or secrets.token_hex(4)
 
 
-def check_optimizer(cfg: DictConfig, saved: DictConfig) -> None:
-    """Raise ConfigError where `optim` is not that of a checkpoint, whose state a resumed training goes on with."""
+def check_resumed(cfg: DictConfig, checkpoint: dict[str, Any]) -> None:
+    """Raise ConfigError where `optim` is not that of a checkpoint, whose state goes on, or where that is further."""
     for key, value in _plain(cfg.optim).items():
-        before = OmegaConf.select(saved, f"optim.{key}")
+        before = checkpoint["config"]["optim"].get(key)
         if value != before:
             raise ConfigError(
                 f"optim.{key}={value}: the checkpoint was made with {before}, and its optimizer goes on as it was; "
                 "leave this out, or begin a new training with model.weights=<checkpoint>"
             )
+    if checkpoint["epoch"] > cfg.trainer.max_epochs:
+        raise ConfigError(
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: the checkpoint has {checkpoint['epoch']} epochs behind it; "
+            "give at least so many"
+        )
 
 
 def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:

@@ -37,7 +37,7 @@ from ares_lightning.build import (
     build_module,
     build_trainer,
     check_keys,
-    check_optimizer,
+    check_resumed,
     name_wandb_run,
     rehearse,
     take_weights,
@@ -98,7 +98,7 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
             _adopt(cfg, start.config, overrides, keep=("run_dir", "resume"))
         check_keys(cfg)
         if start.checkpoint is not None:
-            check_optimizer(cfg, start.config)
+            check_resumed(cfg, start.checkpoint)
         name_wandb_run(cfg, start.config)
         average_over_draws(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)

@@ -321,6 +321,14 @@ def test_a_loading_process_that_dies_is_named(tmp_path):
     assert last_weights(tmp_path)
 
 
+def test_a_checkpoint_that_is_further_than_the_training_is_to_be_is_refused():
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = compose("train", ["trainer.max_epochs=2"])
+    checkpoint = {"epoch": 3, "config": OmegaConf.to_container(cfg, resolve=True)}
+    with pytest.raises(build.ConfigError, match=r"^trainer\.max_epochs=2: the checkpoint has 3 epochs behind it"):
+        build.check_resumed(cfg, checkpoint)
+
+
 def test_what_does_not_fit_a_checkpoint_is_refused_in_one_line(whole, tmp_path):
     last = whole / "checkpoints" / "last.ckpt"
     other = tmp_path / "other"
