@@ -386,7 +386,7 @@ def name_wandb_run(cfg: DictConfig, saved: DictConfig | None) -> None:
 
 
 def check_resumed(cfg: DictConfig, checkpoint: dict[str, Any]) -> None:
-    """Raise ConfigError where `optim` is not that of a checkpoint, whose state goes on, or where that is further."""
+    """Raise ConfigError where `optim` is not that of a checkpoint, which goes on, or where that is further."""
     for key, value in _plain(cfg.optim).items():
         before = checkpoint["config"]["optim"].get(key)
         if value != before:
@@ -396,8 +396,8 @@ def check_resumed(cfg: DictConfig, checkpoint: dict[str, Any]) -> None:
             )
     if checkpoint["epoch"] > cfg.trainer.max_epochs:
         raise ConfigError(
-            f"trainer.max_epochs={cfg.trainer.max_epochs}: the checkpoint has {checkpoint['epoch']} epochs behind it; "
-            "give at least so many"
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: the checkpoint has {checkpoint['epoch']} epochs behind "
+            "it; give at least so many"
         )
 
 
