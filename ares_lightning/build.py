@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -15,9 +16,11 @@ from typing import Any
 import lightning as L
 import timm
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ares_lightning.attacks import Attack, Threat, make_attack, parse_budget
 from ares_lightning.attacks.attack import check_count
@@ -53,12 +56,15 @@ from ares_lightning.models.preprocessing import own_preprocessing
 from ares_lightning.models.weights import WHICH, no_such_weights, timm_name, trained_weights
 from ares_lightning.models.zoo import find_file
 from ares_lightning.training import RobustTraining
+from ares_lightning.training.checkpointing import AtomicCheckpointIO, Checkpoints
 from ares_lightning.training.cost import StepCost, step_cost
+from ares_lightning.training.devices import device_settings
 from ares_lightning.training.forecast import Forecast
-from ares_lightning.training.loggers import MetricsFile
+from ares_lightning.training.metrics_file import MetricsFile
 from ares_lightning.training.module import MONITORED, to_pixels
 from ares_lightning.training.objectives import OBJECTIVES, AuxiliaryNorms, InnerAttack, Objective
 from ares_lightning.training.optim import OptimSettings
+from ares_lightning.training.preemption import StopSignals
 from ares_lightning.training.progress import TrainingProgress
 from ares_lightning.training.tricks import AWP, EMA, SWA, NonFiniteGuard, OverfittingProbe
 
@@ -436,25 +442,36 @@ def _check_resolution(net: torch.nn.Module, images: torch.Tensor, side: int) -> 
 
 
 def build_trainer(
-    cfg: DictConfig, run_dir: Path, *, cost: StepCost | None = None, reload: bool = False
+    cfg: DictConfig,
+    run_dir: Path,
+    stop: StopSignals | None = None,
+    *,
+    cost: StepCost | None = None,
+    reload: bool = False,
 ) -> L.Trainer:
     """Build the Lightning Trainer with its callbacks and loggers; writes nothing yet.
 
-    cost: of a step, for the forecast. reload: make the training loader anew for every epoch.
+    stop: signals that end the training. cost: of a step, for the forecast. reload: make the training loader anew
+    for every epoch.
     """
     settings = {key: value for key, value in _plain(cfg.trainer).items() if key not in _TRAINER_KEYS}
     for key in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch"):
         with section("trainer"):
             check_count(key, settings[key])
-    monitor = cfg.callbacks.checkpoint.monitor
-    if monitor not in MONITORED:
-        raise ConfigError(f"callbacks.checkpoint.monitor={monitor}: expected one of {', '.join(MONITORED)}")
+    with section("trainer"):
+        settings |= device_settings(**{key: settings[key] for key in _DEVICE_KEYS})
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # `stop` sees to signals
     debugging = bool(settings["fast_dev_run"])
+    loggers = [] if debugging else _loggers(cfg, run_dir)
     try:
         return L.Trainer(
             **settings,
-            callbacks=[*_callbacks(cfg, run_dir, checkpoints=not debugging), Forecast(cost)],
-            logger=False if debugging else _loggers(cfg, run_dir),
+            plugins=plugins,
+            callbacks=_callbacks(cfg, run_dir, None if debugging else stop, cost, checkpoints=not debugging),
+            logger=loggers or False,
+            enable_checkpointing=not debugging,
             default_root_dir=run_dir,
             gradient_clip_val=cfg.optim.clip_grad_norm,
             inference_mode=False,  # a network may cache tensors in validation that a later attack differentiates
@@ -470,28 +487,34 @@ def build_trainer(
 
 _TRAINER_KEYS = ("compile", "activation_checkpointing")
 """Keys of `trainer` that are no arguments of lightning.Trainer."""
+_DEVICE_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm")
 
 
-def _callbacks(cfg: DictConfig, run_dir: Path, checkpoints: bool) -> list[Callback]:
+def _callbacks(
+    cfg: DictConfig, run_dir: Path, stop: StopSignals | None, cost: StepCost | None, *, checkpoints: bool
+) -> list[Callback]:
     callbacks: list[Callback] = [TrainingProgress()] if cfg.callbacks.progress else []
-    callbacks.append(NonFiniteGuard())
+    callbacks += [NonFiniteGuard(), Forecast(cost)]
     if checkpoints:
-        callbacks.append(
-            ModelCheckpoint(
-                dirpath=run_dir / "checkpoints",
-                filename="best",
-                monitor=cfg.callbacks.checkpoint.monitor,
-                mode=cfg.callbacks.checkpoint.mode,
-                save_last=True,
-                enable_version_counter=False,
-            )
-        )
+        callbacks += [MetricsFile(run_dir / "metrics.csv"), _checkpoints(cfg, run_dir, stop)]
     for name, settings in _plain(cfg.get("trick")).items():
         if name not in _TRICKS:
             raise ConfigError(f"trick.{name}: expected one of {', '.join(_TRICKS)}")
         with section(f"trick.{name}"):
             callbacks.append(_TRICKS[name](cfg, settings))
     return callbacks
+
+
+def _checkpoints(cfg: DictConfig, run_dir: Path, stop: StopSignals | None) -> Checkpoints:
+    settings = _plain(cfg.callbacks.checkpoint)
+    if settings["monitor"] not in MONITORED:
+        raise ConfigError(
+            f"callbacks.checkpoint.monitor={settings['monitor']}: expected one of {', '.join(MONITORED)}"
+        )
+    with section("callbacks.checkpoint"):
+        if settings["every_n_steps"] is not None:
+            check_count("every_n_steps", settings["every_n_steps"])
+        return Checkpoints(run_dir / "checkpoints", stop=stop, **settings)
 
 
 def _early_stopping(cfg: DictConfig, settings: dict[str, Any]) -> Callback:
@@ -515,7 +538,7 @@ _TRICKS: dict[str, Callable[[DictConfig, dict[str, Any]], Callback]] = {
 
 
 def _loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
-    loggers: list[Logger] = [MetricsFile(run_dir)]
+    loggers: list[Logger] = []
     if cfg.logger.name == "tensorboard":
         if importlib.util.find_spec("tensorboard") is None:
             raise ConfigError(
@@ -528,6 +551,30 @@ def _loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
     elif cfg.logger.name != "csv":
         raise ConfigError(f"logger.name={cfg.logger.name}: expected csv, tensorboard or wandb")
     return loggers
+
+
+def name_wandb_run(cfg: DictConfig, saved: DictConfig | None) -> None:
+    """Put the id of the Weights & Biases run into `logger`: that of a training that goes on, else a new one."""
+    if cfg.logger.name == "wandb" and not cfg.logger.get("id"):
+        with open_dict(cfg):
+            cfg.logger.id = OmegaConf.select(saved, "logger.id") if saved is not None else None
+            cfg.logger.id = cfg.logger.id or secrets.token_hex(4)
+
+
+def check_resumed(cfg: DictConfig, checkpoint: dict[str, Any]) -> None:
+    """Raise ConfigError where `optim` is not that of a checkpoint, which goes on, or where that is further."""
+    for key, value in _plain(cfg.optim).items():
+        before = checkpoint["config"]["optim"].get(key)
+        if value != before:
+            raise ConfigError(
+                f"optim.{key}={value}: the checkpoint was made with {before}, and its optimizer goes on as it was; "
+                "leave this out, or begin a new training with model.weights=<checkpoint>"
+            )
+    if checkpoint["epoch"] > cfg.trainer.max_epochs:
+        raise ConfigError(
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: the checkpoint has {checkpoint['epoch']} epochs behind "
+            "it; give at least so many"
+        )
 
 
 def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import gc
 import os
 import re
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
+import wandb
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from wandb.errors import Error as WandbError
 
+from ares_lightning.atomic import WriteError
 from ares_lightning.build import (
     ConfigError,
     average_over_draws,
@@ -36,6 +37,8 @@ from ares_lightning.build import (
     build_module,
     build_trainer,
     check_keys,
+    check_resumed,
+    name_wandb_run,
     rehearse,
     take_weights,
 )
@@ -47,6 +50,8 @@ from ares_lightning.evaluation.verdicts import Ledger
 from ares_lightning.models import ZOO, CheckpointError, Classifier, load_network, read_checkpoint
 from ares_lightning.models.checkpoints import find_checkpoint
 from ares_lightning.models.weights import trained_weights
+from ares_lightning.run_folder import find_start, inherited, is_main_process, new_run_dir, requeue, write_config
+from ares_lightning.training.preemption import Stopped, StopSignals
 from ares_lightning.training.tricks import NonFiniteError
 
 PACKAGE = Path(__file__).parent
@@ -80,55 +85,99 @@ _UNHELPFUL_WARNINGS = (
 def train(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
     """Train as `conf/train.yaml` says, evaluate the best checkpoint, write the report; return the metrics.
 
-    overrides: what the command line set; with `resume`, all else comes from the checkpoint.
+    overrides: what the command line set; with `resume`, all else comes from the checkpoint. Raises Stopped where a
+    signal has ended the training (see docs/cluster.md).
     """
+    with StopSignals() as stop:
+        return _train(cfg, overrides, stop)
+
+
+def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Metrics:
     with _checking():
-        run_dir, resume = None if cfg.run_dir is None else Path(cfg.run_dir), None
-        if cfg.resume is not None:
-            resume = _checkpoint_to_resume(cfg.resume, run_dir)
-            _adopt(cfg, OmegaConf.create(read_checkpoint(resume)["config"]), overrides, keep=("run_dir", "resume"))
+        start = find_start(cfg)
+        if start.config is not None:
+            _adopt(cfg, start.config, overrides, keep=("run_dir", "resume"))
         check_keys(cfg)
+        if start.checkpoint is not None:
+            check_resumed(cfg, start.checkpoint)
+        name_wandb_run(cfg, start.config)
         average_over_draws(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         data = build_data(cfg, training=True)
         net = build_classifier(cfg, data.num_classes)
         module = build_module(cfg, net, data)
         evaluation = build_evaluation(cfg, data)
-        taken = None if resume else take_weights(cfg, net)
+        taken = None if start.path else take_weights(cfg, net)
         cost = rehearse(module, data)
-        folder = Path(cfg.launch.root) / str(cfg.name)
-        run_dir = run_dir or folder / _training_id(folder)
-        if resume is not None:
-            load_network(net, trained_weights(read_checkpoint(resume), resume, "raw"), resume)
-        elif _is_main_process() and (run_dir / "config.yaml").exists():
-            raise ConfigError(
-                f"run_dir={run_dir}: already holds a run; give resume=last to go on, or another run_dir"
-            )
-        trainer = build_trainer(cfg, run_dir, cost=cost, reload=data.varies)
-    if _is_main_process():
+        run_dir = start.run_dir or new_run_dir(cfg)
+        if start.path is not None and start.checkpoint is not None:
+            load_network(net, trained_weights(start.checkpoint, start.path, "raw"), start.path)
+        trainer = build_trainer(cfg, run_dir, stop, cost=cost, reload=data.varies)
+    if is_main_process():
         if taken:
             print(taken)
-        _write_config(cfg, run_dir)
+        write_config(cfg, run_dir)
+    goes_on = f"resume=last run_dir={run_dir} goes on"
     try:
-        with _inherited(RUN_ID=run_dir.name):
-            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    except SystemExit as error:  # how Lightning ends after Ctrl-C
-        if not trainer.interrupted:
+        with inherited(RUN_ID=run_dir.name):
+            trainer.fit(module, datamodule=data, ckpt_path=start.path, weights_only=True)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # nobody waits while rank 0 evaluates
+        if not trainer.is_global_zero:
+            return metrics
+        best = run_dir / "checkpoints" / "best.ckpt"
+        if best.exists():
+            load_network(net, trained_weights(read_checkpoint(best), best, cfg.weights), best)
+        if evaluation.evaluators:
+            metrics |= _evaluate(evaluation, data, net, run_dir, module.device)
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into SystemExit
+        if isinstance(error, SystemExit) and not trainer.interrupted:
             raise
-        raise KeyboardInterrupt(f"resume=last run_dir={run_dir} goes on from the last epoch") from error
+        raise KeyboardInterrupt(f"{goes_on} from the last checkpoint") from error
+    except Stopped as stopped:
+        line = f"stopped by {stopped.name} at step {trainer.global_step}; {goes_on}"
+        if trainer.is_global_zero and cfg.launch.requeue and stopped.signum in REQUEUE_SIGNALS:
+            line = f"{line}\n{requeue()}"
+        raise Stopped(stopped.signum, line) from stopped
+    except WriteError as error:
+        _end_other_processes(trainer)
+        raise WriteError(f"{error}; {goes_on} once there is room") from error
     except WandbError as error:
         raise ConfigError(f"logger=wandb: {error}; `wandb login`, or logger.offline=true") from error
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    if not trainer.is_global_zero:
-        return metrics
-    best = run_dir / "checkpoints" / "best.ckpt"
-    if best.exists():
-        load_network(net, trained_weights(read_checkpoint(best), best, cfg.weights), best)
-    if evaluation.evaluators:
-        metrics |= _evaluate(evaluation, data, net, run_dir, module.device)
+    except NonFiniteError as error:
+        _end_other_processes(trainer)
+        last = run_dir / "checkpoints" / "last.ckpt"
+        kept = f"{last} is from before" if last.is_file() else "no checkpoint had been written yet"
+        raise ConfigError(f"{error}; {kept}") from error
+    except ValueError as error:
+        if not str(error).startswith("data.batch_size="):
+            raise
+        raise ConfigError(str(error)) from error
+    except RuntimeError as error:
+        _end_other_processes(trainer)
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ConfigError(
+            f"data.num_workers={cfg.data.num_workers}: {' '.join(str(error).split()).rstrip('.')}, perhaps for "
+            f"want of memory; {goes_on}, data.num_workers=0 loads in the main process"
+        ) from error
     for logger in trainer.loggers:
         logger.finalize("success")
+    if wandb.run is not None:
+        wandb.finish()  # the next job of a sweep is a run of its own
     return metrics
+
+
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Those that say that a job's time is over; whoever sends SIGTERM decides by himself what becomes of the job."""
+
+
+def _end_other_processes(trainer: L.Trainer) -> None:
+    """Kill the processes that Lightning has started, which would wait for this one."""
+    launcher = trainer.strategy.launcher
+    if launcher is not None:
+        launcher.kill(signal.SIGKILL)
 
 
 def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
@@ -156,7 +205,7 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
             load_network(net, trained_weights(checkpoint, path, cfg.weights), path)
         run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / str(cfg.name) / evaluation.fingerprint(net))
         _check_evaluation_folder(run_dir, net)
-    _write_config(cfg, run_dir)
+    write_config(cfg, run_dir)
     return _evaluate(evaluation, data, net, run_dir, device)
 
 
@@ -239,22 +288,37 @@ def _main(config_name: str, work: Callable[[DictConfig, tuple[str, ...]], Metric
         os.environ["HYDRA_FULL_ERROR"] = wanted
         try:
             work(cfg, tuple(HydraConfig.get().overrides.task))
-        except (ConfigError, CheckpointError, ImageError, NonFiniteError, OmegaConfBaseException) as error:
+        except (ConfigError, CheckpointError, ImageError, WriteError, OmegaConfBaseException) as error:
             if full_error:
                 raise
-            traceback.clear_frames(error.__traceback__)  # lets go of loaders, whose workers would be waited for
+            _let_go_of_loaders(error)
             sys.exit(_complaint(error))
         except KeyboardInterrupt as error:
+            _let_go_of_loaders(error)
             print(f"interrupted: {error or 'the same command goes on where it stopped'}", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
+        except Stopped as stopped:
+            _let_go_of_loaders(stopped)
+            if not is_main_process():  # else a launcher would kill rank 0, which speaks for all
+                sys.exit(0)
+            print(stopped, file=sys.stderr)
+            sys.exit(128 + stopped.signum)
 
     try:
-        with _inherited(HYDRA_FULL_ERROR="1"):  # so that composition errors reach us instead of being printed
+        with inherited(HYDRA_FULL_ERROR="1"):  # so that composition errors reach us instead of being printed
             hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         if full_error:
             raise
         sys.exit(_complaint(error))
+
+
+def _let_go_of_loaders(error: BaseException | None) -> None:
+    """Free what the frames of an error hold: loaders, whose processes the end of the program would wait for."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
 
 
 def _complaint(error: Exception) -> str:
@@ -273,14 +337,6 @@ def _complaint(error: Exception) -> str:
     return f"error: {line}"
 
 
-def _write_config(cfg: DictConfig, run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    except OSError as error:
-        raise ConfigError(f"run_dir={run_dir}: cannot be written: {error.strerror}") from error
-
-
 def _check_evaluation_folder(run_dir: Path, net: torch.nn.Module) -> None:
     """Raise ConfigError where an evaluation would overwrite a training, or the evaluation of another model."""
     if (run_dir / "checkpoints").exists():
@@ -296,36 +352,6 @@ def _check_evaluation_folder(run_dir: Path, net: torch.nn.Module) -> None:
         )
 
 
-def _training_id(folder: Path) -> str:
-    """Return RUN_ID, else the SLURM job id, else the time, with a number behind it where that is taken."""
-    given = os.environ.get("RUN_ID") or os.environ.get("SLURM_JOB_ID")
-    if given:
-        return given
-    now = time.strftime("%Y%m%d-%H%M%S")
-    names = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))
-    return next(name for name in names if not (folder / name).exists())
-
-
-@contextmanager
-def _inherited(**variables: str) -> Iterator[None]:
-    """Set environment variables for the processes that are started inside."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _is_main_process() -> bool:
-    ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return all(rank == "0" for rank in ranks)
-
-
 @contextmanager
 def _checking() -> Iterator[None]:
     """Turn whatever a setting provokes while objects are built, before anything is written, into a ConfigError."""
@@ -338,18 +364,6 @@ def _checking() -> Iterator[None]:
             f"the config cannot be used: {type(error).__name__}: {error}; "
             "--cfg job prints it, HYDRA_FULL_ERROR=1 shows where it failed"
         ) from error
-
-
-def _checkpoint_to_resume(resume: str, run_dir: Path | None) -> Path:
-    if resume != "last":
-        path = Path(resume)
-    elif run_dir is not None:
-        path = run_dir / "checkpoints" / "last.ckpt"
-    else:
-        raise ConfigError("resume=last: give run_dir=<the run to go on with> as well")
-    if not path.is_file():
-        raise ConfigError(f"resume={resume}: no such checkpoint: {path}")
-    return path
 
 
 def _adopt(cfg: DictConfig, saved: Any, overrides: tuple[str, ...], keep: tuple[str, ...] = ()) -> None:

@@ -7,12 +7,10 @@ import json
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +20,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
+from runs import ROOT, assert_one_line, last_weights, run, wandb_records
 from sklearn.datasets import load_digits
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -29,16 +28,9 @@ from ares_lightning import build
 from ares_lightning.data import VARIANTS
 from ares_lightning.launch import CONFIG_DIR, evaluate_main, train_main
 
-ROOT = Path(__file__).parent.parent
 QUICK = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "subset=first:6"]
 QUICK += ["data.batch_size=16", "data.eval_batch_size=16"]
 GROUPS = ("adv", "trick", "aug", "optim", "trainer", "eval", "attack", "logger", "callbacks", "launch", "debug")
-
-
-def run(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run `python <arguments>` in the repository."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 def choices(group: str) -> list[str]:
@@ -64,10 +56,6 @@ def trained(tmp_path_factory) -> Path:
 def accuracy(run_dir: Path, evaluator: str) -> float:
     rows = json.loads((run_dir / "summary.json").read_text())
     return next(row["value"] for row in rows if row["evaluator"] == evaluator)
-
-
-def last_weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
 def test_adversarial_training_gains_robustness(trained, tmp_path):
@@ -143,21 +131,6 @@ def test_two_processes_train_and_evaluate(tmp_path):
     assert done.returncode == 0, done.stderr
     assert accuracy(tmp_path, "clean") >= 0
     assert list((tmp_path / "tensorboard").glob("events*"))
-
-
-def wandb_records(log: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
-    place, record = 7, b""
-    while place + 7 <= len(log):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", log[place : place + 7])
-        record += log[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # full, or the last part
-            yield record
-            record = b""
 
 
 def test_wandb_works_offline_and_can_be_read_back(tmp_path):
@@ -330,13 +303,6 @@ def test_real_image_folders_train_and_evaluate(tmp_path):
     done = run("evaluate.py", f"ckpt={run_dir}", "subset=first:6", "eval=[clean]", f"run_dir={tmp_path / 'again'}")
     assert done.returncode == 1
     assert_one_line(done, "0000.jpg")
-
-
-def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> None:
-    assert done.returncode == 1, done.stdout
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert re.search(message, done.stderr), done.stderr
 
 
 ZOO_ON_DIGITS = ["model=zoo/resnet50_at", "model.mean=[0.3]", "model.std=[0.4]"]

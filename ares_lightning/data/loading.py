@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -136,6 +137,7 @@ class ImageLoader(DataLoader[Any]):
             collate_fn=_collate_readable,
             pin_memory=num_workers > 0 and torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # else each new iterator would draw from the global random state
         )
         self.replays = replays
@@ -193,6 +195,12 @@ class ImageLoader(DataLoader[Any]):
         self._epoch, self._done, self._goes_on = state["epoch"], state["batches"], True
         if self._shards:
             self._shards.set_epoch(self._epoch)
+
+
+def _leave_signals_to_the_main_process(worker_id: int) -> None:
+    """Ignore what schedulers send to every process of a job: the main one still needs its batches to end well."""
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _collate_readable(samples: list[Sample | Unreadable]) -> tuple[Batch | None, list[Unreadable]]:

@@ -1,0 +1,86 @@
+"""Which processes train on which devices, in which precision, and what cannot be."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
+
+
+def device_settings(
+    *,
+    accelerator: str,
+    devices: int | str | list[int],
+    num_nodes: int,
+    strategy: str,
+    precision: str,
+    sync_batchnorm: bool,
+) -> dict[str, Any]:
+    """Return these arguments of lightning.Trainer with `precision=auto` decided: bf16-mixed on CUDA, else 32-true.
+
+    devices: of this machine; a number, a list of GPUs, or auto.
+
+    Raises ValueError naming the key for more devices than there are, for several devices where `accelerator=auto`
+    finds no GPU, for a strategy that splits parameters, and for `sync_batchnorm` without a GPU.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"strategy={strategy}: attacks differentiate whole parameters on the bare network in the process that "
+            f"trains it, which of the strategies only DDP leaves there; expected one of {', '.join(STRATEGIES)}"
+        )
+    if type(sync_batchnorm) is not bool:
+        raise ValueError(f"sync_batchnorm={sync_batchnorm}: expected true or false")
+    kind = _kind(accelerator)
+    if isinstance(devices, str) and devices.isdecimal():
+        devices = int(devices)
+    if isinstance(devices, int):
+        _check_number(devices, kind, accelerator)
+    elif isinstance(devices, list) and kind == "cuda":
+        beyond = [place for place in devices if not 0 <= place < torch.cuda.device_count()]
+        if beyond:
+            raise ValueError(f"devices={devices}: {_number_of_gpus()}, numbered from 0; there is no {beyond[0]}")
+    if num_nodes != 1 and accelerator == "auto" and kind == "cpu":
+        raise ValueError(f"num_nodes={num_nodes}: {_NO_GPU}")
+    if sync_batchnorm and kind == "cpu":
+        raise ValueError("sync_batchnorm=true: CPU processes cannot share batch statistics; set it to false")
+    if precision == "auto":
+        precision = "bf16-mixed" if kind == "cuda" else "32-true"
+    return {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "strategy": strategy,
+        "precision": precision,
+        "sync_batchnorm": sync_batchnorm,
+    }
+
+
+_NO_GPU = "there is no GPU here; trainer=ddp_sim trains in CPU processes"
+
+
+def _kind(accelerator: str) -> str:
+    if accelerator not in ("auto", "gpu"):
+        return accelerator
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu" if accelerator == "auto" else "gpu"
+
+
+def _check_number(devices: int, kind: str, accelerator: str) -> None:
+    if devices < 1 and devices != -1:
+        raise ValueError(f"devices={devices}: expected auto or a whole number of at least 1")
+    if kind == "cuda" and devices > torch.cuda.device_count():
+        raise ValueError(f"devices={devices}: {_number_of_gpus()} on this machine; trainer.devices=auto takes all")
+    if kind == "cpu" and accelerator == "auto" and devices > 1:
+        raise ValueError(f"devices={devices}: {_NO_GPU}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if kind == "cpu" and devices > cores:
+        raise ValueError(f"devices={devices}: more CPU processes than the {cores} cores there are; at most {cores}")
+
+
+def _number_of_gpus() -> str:
+    count = torch.cuda.device_count()
+    return "there is 1 GPU" if count == 1 else f"there are {count} GPUs"
