@@ -10,6 +10,7 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pandas as pd
@@ -157,6 +158,25 @@ def test_a_signal_to_every_process_of_a_job_leaves_the_loading_processes_at_work
     done = finish(process)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert re.search("stopped by SIGTERM at step", done.stderr)
+
+
+def test_a_signal_that_comes_while_processes_ask_each_other_is_not_lost():
+    class Interrupted:
+        """Stands for a strategy of two processes: the signal comes after this one has said that it has none."""
+
+        root_device = torch.device("cpu")
+
+        def reduce(self, value: torch.Tensor, reduce_op: str) -> torch.Tensor:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return value
+
+    trainer = SimpleNamespace(
+        world_size=2, strategy=Interrupted(), fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace())
+    )
+    with StopSignals() as signals:
+        signals.defer(trainer)
+        assert signals.agreed(trainer) == 0
+        assert signals.agreed(trainer) == signal.SIGUSR1
 
 
 def test_ctrl_c_pressed_twice_interrupts_at_once(tmp_path):

@@ -115,8 +115,9 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """End with Stopped where a signal has ended the training."""
-        if self.stop is not None and self.stop.agreed(trainer):
-            raise Stopped(self.stop.signum)
+        signum = 0 if self.stop is None else self.stop.agreed(trainer)
+        if signum:
+            raise Stopped(signum)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Have signals end the work at once again."""

@@ -76,10 +76,12 @@ class StopSignals:
 
     def agreed(self, trainer: L.Trainer) -> int:
         """Return the signal that any of the processes was sent, 0 for none; every process has to ask."""
-        if trainer.world_size > 1:
-            signum = torch.tensor(self.signum, device=trainer.strategy.root_device)
-            self.signum = int(trainer.strategy.reduce(signum, reduce_op="max"))
-        return self.signum
+        if trainer.world_size == 1:
+            return self.signum
+        own = torch.tensor(self.signum, device=trainer.strategy.root_device)
+        agreed = int(trainer.strategy.reduce(own, reduce_op="max"))
+        self.signum = self.signum or agreed  # one that came meanwhile is for the next time
+        return agreed
 
     def _listen(self) -> None:
         for signum in self._before:
