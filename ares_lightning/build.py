@@ -416,6 +416,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
             default_root_dir=run_dir,
             gradient_clip_val=cfg.optim.clip_grad_norm,
             inference_mode=False,  # a network may cache tensors in validation that a later attack differentiates
+            reload_dataloaders_every_n_epochs=int(OmegaConf.is_config(cfg.data.batch_size)),  # sizes by epoch
             use_distributed_sampler=False,  # the data module shards by itself, without duplicates
             enable_progress_bar=cfg.callbacks.progress,
             enable_model_summary=False,
