@@ -441,7 +441,20 @@ def test_the_readmes_commands_run(command, trained, tmp_path):
     program, *arguments = command.split()[1:]
     arguments = [str(trained) if argument.startswith("runs/") else argument for argument in arguments]
     arguments = [f"ckpt={trained}" if argument.startswith("ckpt=") else argument for argument in arguments]
-    if "imagenet" in command:
+    if "experiment=" in command:
+        write_imagenet(tmp_path / "imagenet")
+        arguments = [a for a in arguments if not a.startswith(("data.root=", "trainer"))]
+        small = [
+            "model.name=resnet10t",
+            "data.img_size=64",
+            "data.num_val=4",
+            "data.num_workers=0",
+            *QUICK,
+            "eval=[clean]",
+        ]
+        done = run(program, *arguments, f"data.root={tmp_path / 'imagenet'}", *small, f"run_dir={tmp_path / 'run'}")
+        assert (tmp_path / "run" / "report.html").exists(), done.stderr
+    elif "imagenet" in command:
         write_imagenet(tmp_path / "imagenet")
         (tmp_path / "ood").mkdir()
         shutil.copytree(tmp_path / "imagenet" / "val", tmp_path / "ood" / "imagenet-sketch")

@@ -108,6 +108,16 @@ def test_a_header_tells_the_command_the_source_the_hardware_and_the_published_nu
     assert re.search(r"arXiv \d{4}\.\d{5}", told.replace("# ", ""))
 
 
+def test_the_training_page_shows_the_numbers_of_every_header():
+    page = (CONFIG_DIR.parent / "docs" / "training.md").read_text()
+    cells = dict(re.findall(r"^\| `((?:imagenet|cifar10)/\w+)` \| (.*) \|$", page, re.M))
+    assert list(cells) == list(ROWS)
+    for recipe, line in cells.items():
+        _, clean, robust, n, _ = line.split(" | ")
+        text = re.sub(r" # |# ", " ", " ".join(header(recipe)))
+        assert all(figure in text for figure in (f"clean {clean}", re.findall(r"[\d.]+$", robust)[0], n)), recipe
+
+
 @pytest.mark.parametrize("recipe", ROWS)
 def test_the_network_is_the_published_one(recipe, root):
     row = ROWS[recipe]
