@@ -447,12 +447,10 @@ def build_trainer(
     stop: StopSignals | None = None,
     *,
     cost: StepCost | None = None,
-    reload: bool = False,
 ) -> L.Trainer:
     """Build the Lightning Trainer with its callbacks and loggers; writes nothing yet.
 
-    stop: signals that end the training. cost: of a step, for the forecast. reload: make the training loader anew
-    for every epoch.
+    stop: signals that end the training. cost: of a step, for the forecast.
     """
     settings = {key: value for key, value in _plain(cfg.trainer).items() if key not in _TRAINER_KEYS}
     for key in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch"):
@@ -475,7 +473,7 @@ def build_trainer(
             default_root_dir=run_dir,
             gradient_clip_val=cfg.optim.clip_grad_norm,
             inference_mode=False,  # a network may cache tensors in validation that a later attack differentiates
-            reload_dataloaders_every_n_epochs=int(reload),
+            reload_dataloaders_every_n_epochs=int(OmegaConf.is_config(cfg.data.batch_size)),  # sizes by epoch
             use_distributed_sampler=False,  # the data module shards by itself, without duplicates
             enable_progress_bar=cfg.callbacks.progress,
             enable_model_summary=False,

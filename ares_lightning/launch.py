@@ -112,7 +112,7 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         run_dir = start.run_dir or new_run_dir(cfg)
         if start.path is not None and start.checkpoint is not None:
             load_network(net, trained_weights(start.checkpoint, start.path, "raw"), start.path)
-        trainer = build_trainer(cfg, run_dir, stop, cost=cost, reload=data.varies)
+        trainer = build_trainer(cfg, run_dir, stop, cost=cost)
     if is_main_process():
         if taken:
             print(taken)

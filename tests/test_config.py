@@ -16,6 +16,8 @@ from ares_lightning.attacks.autoattack import AutoAttack
 from ares_lightning.data.__main__ import table
 from ares_lightning.evaluation.curves import BisectedCurve, BracketedCurve
 from ares_lightning.launch import CONFIG_DIR
+from ares_lightning.training.objectives import OBJECTIVES
+from ares_lightning.training.optim import OptimSettings
 
 NORMS = {row.name: row.norms for row in list_attacks()}
 L2_ONLY = [name for name, norms in NORMS.items() if norms == ("l2",)]
@@ -136,6 +138,23 @@ def test_the_commands_of_the_data_page_compose(command):
     given = [override.replace("<run>", "run") for override in overrides]
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         assert compose(program.removesuffix(".py"), given)
+
+
+TRAINING_PAGE = (CONFIG_DIR.parent / "docs" / "training.md").read_text()
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python train\.py ?(.*?)(?: +#.*)?$", TRAINING_PAGE, re.M))
+def test_the_commands_of_the_training_page_compose(command):
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = compose("train", shlex.split(command))
+    build.check_keys(cfg)
+    OptimSettings(**cfg.optim)
+    assert cfg.adv.name in OBJECTIVES
+
+
+def test_the_training_page_tells_of_every_objective_and_trick():
+    assert set(re.findall(r"^\| `(\w+)` \|", TRAINING_PAGE, re.M)) >= set(OBJECTIVES)
+    assert {trick for trick in choices("trick") if f"`trick=[{trick}]" in TRAINING_PAGE} == set(choices("trick"))
 
 
 def test_the_data_page_shows_the_table_of_sets_and_a_program_that_runs():

@@ -35,6 +35,8 @@ class OptimSettings:
     schedule: of the rate after the warm-up: `cosine` to min_lr; `step`, times decay_rate at each of the milestones;
         `linear` between the points {epoch: multiple of lr}; `constant`.
     warmup_epochs: linear from warmup_lr (a fraction of an epoch is allowed). warmup_lr and min_lr are not scaled.
+    warmup_prefix: the cosine begins at the end of the warm-up (Singh et al. 2023, arXiv 2303.01870, their code)
+        rather than with it, as timm has it and ARES with timm.
     cooldown_epochs: at the end, at the last rate.
     clip_grad_norm: largest norm of the whole gradient. agc: largest norm of the gradient of each unit as a share of
         that of its weights, the last layer left out (Brock et al. 2021, arXiv 2102.06171, section 4.1). None: no
@@ -54,6 +56,7 @@ class OptimSettings:
     schedule: str = "cosine"
     warmup_epochs: float = 0
     warmup_lr: float = 0.0
+    warmup_prefix: bool = False
     min_lr: float = 0.0
     cooldown_epochs: float = 0
     milestones: Sequence[float] = ()
@@ -80,6 +83,10 @@ class OptimSettings:
             )
         if not all(map(_is_number, self.milestones)) or list(self.milestones) != sorted(self.milestones):
             raise ValueError(f"milestones={self.milestones}: expected rising epochs")
+        if type(self.warmup_prefix) is not bool:
+            raise ValueError(f"warmup_prefix={self.warmup_prefix}: expected true or false")
+        if self.warmup_prefix and self.schedule != "cosine":
+            raise ValueError(f"warmup_prefix=true: goes with schedule=cosine, this is schedule={self.schedule}")
         if self.schedule == "step" and not self.milestones:
             raise ValueError("milestones=[]: schedule=step needs the epochs at which the rate falls")
         points = self.points or {}
@@ -121,7 +128,8 @@ class OptimSettings:
     def schedule_factor(self, epochs: float) -> Callable[[float], float]:
         """Return the function from the epoch, with its fraction, to the multiple of lr, over so many epochs."""
         warmup = min(self.warmup_epochs, epochs)
-        span = max(epochs - self.cooldown_epochs, warmup) or 1
+        begin = warmup if self.warmup_prefix else 0.0
+        span = (max(epochs - self.cooldown_epochs, warmup) - begin) or 1
 
         def factor(epoch: float) -> float:
             if epoch < warmup:
@@ -134,7 +142,7 @@ class OptimSettings:
             if self.schedule == "constant":
                 return 1.0
             least = self.min_lr / self.lr if self.lr else 0.0
-            return least + (1 - least) * (1 + math.cos(math.pi * min(epoch / span, 1))) / 2
+            return least + (1 - least) * (1 + math.cos(math.pi * min((epoch - begin) / span, 1))) / 2
 
         return factor
 

@@ -79,7 +79,7 @@ def fit(
     module = build.build_module(cfg, build.build_classifier(cfg, data.num_classes), data)
     if in_double:
         module.net = InDouble(module.net)
-    trainer = build.build_trainer(cfg, folder, reload=data.varies)
+    trainer = build.build_trainer(cfg, folder)
     trainer.callbacks[:0] = callbacks
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     run = Run(trainer, module, folder)
