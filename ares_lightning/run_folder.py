@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ares_lightning.atomic import WriteError, replacing
-from ares_lightning.build import ConfigError
+from ares_lightning.build.config import ConfigError
 from ares_lightning.models.checkpoints import read_checkpoint
 
 

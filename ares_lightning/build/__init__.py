@@ -1,0 +1,28 @@
+"""The one place where a composed config becomes objects, and where bad values become clear errors."""
+
+from ares_lightning.build.config import ConfigError, check_keys
+from ares_lightning.build.data import build_data
+from ares_lightning.build.evaluation import build_device, build_evaluation, build_evaluators, build_threat
+from ares_lightning.build.model import average_over_draws, build_classifier, take_weights
+from ares_lightning.build.objective import build_objective
+from ares_lightning.build.trainer import build_trainer, check_resumed, name_wandb_run
+from ares_lightning.build.training import build_module, rehearse
+
+__all__ = [
+    "ConfigError",
+    "average_over_draws",
+    "build_classifier",
+    "build_data",
+    "build_device",
+    "build_evaluation",
+    "build_evaluators",
+    "build_module",
+    "build_objective",
+    "build_threat",
+    "build_trainer",
+    "check_keys",
+    "check_resumed",
+    "name_wandb_run",
+    "rehearse",
+    "take_weights",
+]

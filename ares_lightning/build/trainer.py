@@ -1,0 +1,164 @@
+"""The Trainer of a config, with its callbacks and loggers."""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from ares_lightning.attacks import make_attack
+from ares_lightning.attacks.attack import check_count
+from ares_lightning.build.config import ConfigError, one_line, plain, section
+from ares_lightning.build.evaluation import build_threat
+from ares_lightning.training.checkpointing import AtomicCheckpointIO, Checkpoints
+from ares_lightning.training.cost import StepCost
+from ares_lightning.training.devices import device_settings
+from ares_lightning.training.forecast import Forecast
+from ares_lightning.training.metrics_file import MetricsFile
+from ares_lightning.training.module import MONITORED
+from ares_lightning.training.preemption import StopSignals
+from ares_lightning.training.progress import TrainingProgress
+from ares_lightning.training.tricks import AWP, EMA, SWA, NonFiniteGuard, OverfittingProbe
+
+
+def build_trainer(
+    cfg: DictConfig,
+    run_dir: Path,
+    stop: StopSignals | None = None,
+    *,
+    cost: StepCost | None = None,
+) -> L.Trainer:
+    """Build the Lightning Trainer with its callbacks and loggers; writes nothing yet.
+
+    stop: signals that end the training. cost: of a step, for the forecast.
+    """
+    settings = {key: value for key, value in plain(cfg.trainer).items() if key not in _TRAINER_KEYS}
+    for key in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch"):
+        with section("trainer"):
+            check_count(key, settings[key])
+    with section("trainer"):
+        settings |= device_settings(**{key: settings[key] for key in _DEVICE_KEYS})
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # `stop` sees to signals
+    debugging = bool(settings["fast_dev_run"])
+    loggers = [] if debugging else _loggers(cfg, run_dir)
+    try:
+        return L.Trainer(
+            **settings,
+            plugins=plugins,
+            callbacks=_callbacks(cfg, run_dir, None if debugging else stop, cost, checkpoints=not debugging),
+            logger=loggers or False,
+            enable_checkpointing=not debugging,
+            default_root_dir=run_dir,
+            gradient_clip_val=cfg.optim.clip_grad_norm,
+            inference_mode=False,  # a network may cache tensors in validation that a later attack differentiates
+            reload_dataloaders_every_n_epochs=int(OmegaConf.is_config(cfg.data.batch_size)),  # sizes by epoch
+            use_distributed_sampler=False,  # the data module shards by itself, without duplicates
+            enable_progress_bar=cfg.callbacks.progress,
+            enable_model_summary=False,
+            log_every_n_steps=1,  # only epoch means are logged
+        )
+    except (ValueError, TypeError, RuntimeError, L.fabric.utilities.exceptions.MisconfigurationException) as error:
+        raise ConfigError(f"trainer: {one_line(error)}") from error
+
+
+_TRAINER_KEYS = ("compile", "activation_checkpointing")
+"""Keys of `trainer` that are no arguments of lightning.Trainer."""
+_DEVICE_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm")
+
+
+def _callbacks(
+    cfg: DictConfig, run_dir: Path, stop: StopSignals | None, cost: StepCost | None, *, checkpoints: bool
+) -> list[Callback]:
+    callbacks: list[Callback] = [TrainingProgress()] if cfg.callbacks.progress else []
+    callbacks += [NonFiniteGuard(), Forecast(cost)]
+    if checkpoints:
+        callbacks += [MetricsFile(run_dir / "metrics.csv"), _checkpoints(cfg, run_dir, stop)]
+    for name, settings in plain(cfg.get("trick")).items():
+        if name not in _TRICKS:
+            raise ConfigError(f"trick.{name}: expected one of {', '.join(_TRICKS)}")
+        with section(f"trick.{name}"):
+            callbacks.append(_TRICKS[name](cfg, settings))
+    return callbacks
+
+
+def _checkpoints(cfg: DictConfig, run_dir: Path, stop: StopSignals | None) -> Checkpoints:
+    settings = plain(cfg.callbacks.checkpoint)
+    if settings["monitor"] not in MONITORED:
+        raise ConfigError(
+            f"callbacks.checkpoint.monitor={settings['monitor']}: expected one of {', '.join(MONITORED)}"
+        )
+    with section("callbacks.checkpoint"):
+        if settings["every_n_steps"] is not None:
+            check_count("every_n_steps", settings["every_n_steps"])
+        return Checkpoints(run_dir / "checkpoints", stop=stop, **settings)
+
+
+def _early_stopping(cfg: DictConfig, settings: dict[str, Any]) -> Callback:
+    checkpoint = cfg.callbacks.checkpoint
+    return EarlyStopping(checkpoint.monitor, mode=checkpoint.mode, **settings)
+
+
+def _overfitting_probe(cfg: DictConfig, settings: dict[str, Any]) -> Callback:
+    steps, threat = settings.pop("steps"), build_threat(cfg)
+    attack = make_attack("pgd", norm=threat.norm, eps=threat.eps, steps=steps, step_size="1/4 eps")
+    return OverfittingProbe(attack, seed=cfg.seed, **settings)
+
+
+_TRICKS: dict[str, Callable[[DictConfig, dict[str, Any]], Callback]] = {
+    "ema": lambda cfg, settings: EMA(**settings),
+    "swa": lambda cfg, settings: SWA(**settings),
+    "awp": lambda cfg, settings: AWP(**settings),
+    "early_stopping": _early_stopping,
+    "overfitting_probe": _overfitting_probe,
+}
+
+
+def _loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
+    loggers: list[Logger] = []
+    if cfg.logger.name == "tensorboard":
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "logger=tensorboard: TensorBoard is not installed; pip install ares-lightning[tensorboard]"
+            )
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+    elif cfg.logger.name == "wandb":
+        settings = {key: value for key, value in plain(cfg.logger).items() if key != "name"}
+        loggers.append(WandbLogger(save_dir=run_dir, name=cfg.name, config=plain(cfg), **settings))
+    elif cfg.logger.name != "csv":
+        raise ConfigError(f"logger.name={cfg.logger.name}: expected csv, tensorboard or wandb")
+    return loggers
+
+
+def name_wandb_run(cfg: DictConfig, saved: DictConfig | None) -> None:
+    """Put the id of the Weights & Biases run into `logger`: that of a training that goes on, else a new one."""
+    if cfg.logger.name == "wandb" and not cfg.logger.get("id"):
+        with open_dict(cfg):
+            cfg.logger.id = OmegaConf.select(saved, "logger.id") if saved is not None else None
+            cfg.logger.id = cfg.logger.id or secrets.token_hex(4)
+
+
+def check_resumed(cfg: DictConfig, checkpoint: dict[str, Any]) -> None:
+    """Raise ConfigError where `optim` is not that of a checkpoint, which goes on, or where that is further."""
+    for key, value in plain(cfg.optim).items():
+        before = checkpoint["config"]["optim"].get(key)
+        if value != before:
+            raise ConfigError(
+                f"optim.{key}={value}: the checkpoint was made with {before}, and its optimizer goes on as it was; "
+                "leave this out, or begin a new training with model.weights=<checkpoint>"
+            )
+    if checkpoint["epoch"] > cfg.trainer.max_epochs:
+        raise ConfigError(
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: the checkpoint has {checkpoint['epoch']} epochs behind "
+            "it; give at least so many"
+        )
