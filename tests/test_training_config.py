@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import SHORT, config, fit
+from trainings import SHORT, config, fit
 
 from ares_lightning import build
 from ares_lightning.attacks import make_attack

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import fit
+from trainings import fit
 
 from ares_lightning.models import make_classifier
 from ares_lightning.training.attention import split_attention

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import Watch, fit, weights
+from trainings import Watch, fit, weights
 
 from ares_lightning.models.weights import trained_weights
 from ares_lightning.training.tricks import EMA, SWA

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import Watch, fit, weights
+from trainings import Watch, fit, weights
 
 from ares_lightning.training.tricks import AWP
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from networks import SmallNet
-from runs import Watch, fit
 from timm.utils.agc import adaptive_clip_grad
 from torch import nn
+from trainings import Watch, fit
 
 from ares_lightning.models import make_classifier
 from ares_lightning.training.optim import OptimSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import Watch, fit, weights
+from trainings import Watch, fit, weights
 
 from ares_lightning.attacks import make_attack
 from ares_lightning.training.tricks import NonFiniteError, NonFiniteGuard, OverfittingProbe
