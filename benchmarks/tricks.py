@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,16 +81,13 @@ class Laboratory:
 
     def __init__(self, place: Path, images: Path, epochs: int, num_test: int) -> None:
         self.place, self.images, self.epochs, self.num_test = place, images, epochs, num_test
-        self.seconds: dict[str, float] = {}
 
     def accuracies(self, overrides: tuple[str, ...], eps: str, seed: int, weights: str) -> dict[str, float]:
         """Return clean accuracy and accuracy under PGD-20 of the last checkpoint of a training, in percent."""
         run = self.place / re.sub(r"[^\w.-]+", "_", "-".join([*overrides, eps, str(seed)]))
         if not (run / "checkpoints" / "last.ckpt").exists():
-            start = time.monotonic()
             settings = [f"threat.eps={eps}", f"seed={seed}", f"trainer.max_epochs={self.epochs}"]
             self._run("train.py", *COMMON, f"data.root={self.images}", *overrides, *settings, f"run_dir={run}")
-            self.seconds[run.name] = time.monotonic() - start
         judged = run.with_name(f"{run.name}-{weights}")
         which = [f"weights={weights}"] if any("ema" in override for override in overrides) else []
         subset = f"subset=random:{self.num_test}@0"
@@ -137,7 +133,7 @@ def interval(differences: list[float]) -> tuple[float, float, float]:
 def table(rows: list[dict[str, object]]) -> str:
     """Return the rows as a table in Markdown."""
     lines = [
-        "| | budget | clean | under PGD-20 | clean, difference | under PGD-20, difference |",
+        "| comparison | budget | clean | under PGD-20 | clean, difference | under PGD-20, difference |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -158,7 +154,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as train/<class>/ and test/<class>/")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--per-class", type=int, default=500, help="training images of each class")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--num-test", type=int, default=1000, help="test images of each figure")
     parser.add_argument("--only", nargs="*", type=int, help="places of the comparisons to make, from 0")
     parser.add_argument("--runs", type=Path, help="keep the run folders here, and go on with those that are there")
@@ -201,7 +197,6 @@ def main() -> None:
             "epochs": arguments.epochs,
             "num_test": arguments.num_test,
             "seeds": list(range(arguments.seeds)),
-            "training_seconds": laboratory.seconds,
             "rows": rows,
         }
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")

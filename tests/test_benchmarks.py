@@ -156,3 +156,10 @@ def test_a_resnet20_is_read_from_published_weights_and_images_from_a_folder(tmp_
     assert sorted(subject.labels.tolist()) == [0, 0, 1, 1], "the classes have equal shares"
     assert subject.folding == "19 of 19 batch norms folded"
     torch.testing.assert_close(subject.evaluated(subject.images), subject.network(subject.images))
+
+
+def test_the_page_of_training_shows_what_was_measured_of_tricks(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    tricks = importlib.import_module("tricks")
+    report = json.loads((SCRIPT.parent / "results" / "tricks-cpu.json").read_text())
+    assert tricks.table(report["rows"]) in (SCRIPT.parents[1] / "docs" / "training.md").read_text()

@@ -17,11 +17,11 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from runs import ROOT, SHORT, environment, finish, last_weights, run, same_weights, start, wait_for
 
 from ares_lightning import build
 from ares_lightning.launch import CONFIG_DIR
 from ares_lightning.training.devices import device_settings
+from runs import ROOT, SHORT, environment, finish, last_weights, run, same_weights, start, wait_for
 
 TWO = [*SHORT, "trainer.max_epochs=1", "data.batch_size=16"]
 BY_HAND = ["trainer=cpu", "trainer.num_nodes=2", "trainer.strategy=ddp"]
@@ -94,6 +94,7 @@ def simulated(tmp_path_factory) -> Path:
     return the_run_folder(cwd)
 
 
+@pytest.mark.proof
 def test_torchrun_makes_one_run_folder(simulated, tmp_path):
     workers = ["--nproc-per-node", "2", "--master-port", str(free_port())]
     both([start(*TORCHRUN, *workers, *program("trainer=ddp_sim", *TWO), cwd=tmp_path)])
@@ -105,6 +106,7 @@ def test_torchrun_on_two_nodes_makes_one_run_folder(simulated, tmp_path):
     assert same_weights(the_run_folder(tmp_path), simulated)
 
 
+@pytest.mark.proof
 def test_a_slurm_job_makes_one_run_folder_with_its_id(simulated, tmp_path):
     as_slurm_job(tmp_path, "trainer=ddp_sim", *TWO)
     run_dir = the_run_folder(tmp_path)
@@ -112,6 +114,7 @@ def test_a_slurm_job_makes_one_run_folder_with_its_id(simulated, tmp_path):
     assert same_weights(run_dir, simulated)
 
 
+@pytest.mark.proof
 def test_a_sweep_by_submitit_makes_a_run_folder_a_job(tmp_path):
     sweep = ["-m", "hydra/launcher=submitit_local", "seed=0,1", "hydra.launcher.timeout_min=5"]
     both([start(*program(*sweep, *TWO), cwd=tmp_path)])
@@ -155,6 +158,7 @@ def test_a_requeued_job_goes_on_by_itself(tmp_path):
     assert (run_dir / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
 
 
+@pytest.mark.proof
 def test_one_rank_is_signalled_both_stop_and_go_on_as_if_they_had_not(tmp_path):
     """With dropout, for which every rank has a random state of its own."""
     network = ["model=vit_ti", "+model.settings.depth=1", "+model.settings.drop_rate=0.5", "eval=[clean]"]
@@ -257,6 +261,7 @@ wait $far
 """
 
 
+@pytest.mark.proof
 def test_two_nodes_with_addresses_of_their_own_train_to_the_same_weights(simulated, tmp_path):
     refusal = subprocess.run(["unshare", "-Urn", "true"], capture_output=True, text=True).stderr
     if refusal or not shutil.which("nsenter") or not shutil.which("ip"):

@@ -83,7 +83,7 @@ def test_a_cached_tag_is_fine_tuned_with_its_own_normalisation_and_then_stands_b
     save_file(published, folder / "snapshots" / ("0" * 40) / "model.safetensors")
     data = [*write_folders(tmp_path / "images", num_classes=2, num_images=8), "data.img_size=96"]
     model = ["model=timm", f"model.name={TAG}", "model.new_head=true", "model.resample=true"]
-    brief = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "optim.lr=1e-9"]
+    brief = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "optim.lr=1e-9", "optim.warmup_lr=0"]
     brief += ["eval=[clean]", "subset=null"]
     run_dir = tmp_path / "run"
     done = run("train.py", *model, *data, *brief, "adv=none", "data.batch_size=4", f"run_dir={run_dir}")

@@ -19,6 +19,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
+from wandb.proto.wandb_internal_pb2 import Record
+
+from ares_lightning import build
+from ares_lightning.atomic import WriteError, replacing
+from ares_lightning.launch import CONFIG_DIR
+from ares_lightning.training.checkpointing import AtomicCheckpointIO
+from ares_lightning.training.preemption import Stopped, StopSignals
 from runs import (
     SHORT,
     assert_one_line,
@@ -30,13 +37,6 @@ from runs import (
     wait_for,
     wandb_records,
 )
-from wandb.proto.wandb_internal_pb2 import Record
-
-from ares_lightning import build
-from ares_lightning.atomic import WriteError, replacing
-from ares_lightning.launch import CONFIG_DIR
-from ares_lightning.training.checkpointing import AtomicCheckpointIO
-from ares_lightning.training.preemption import Stopped, StopSignals
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,14 @@ def test_a_training_survives_being_killed_at_many_moments(seed, whole, tmp_path)
     survive(4, seed, whole, tmp_path)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda signum: signum.name)
+@pytest.mark.parametrize(
+    "signum",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGUSR1, id="SIGUSR1", marks=pytest.mark.proof),
+        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.proof),
+    ],
+)
 def test_a_signal_stops_a_training_in_mid_epoch_without_loss(signum, tmp_path):
     longer = [*SHORT, "trainer.limit_train_batches=19", "trainer.max_epochs=4", "adv.steps=10"]
     process = start("train.py", *longer, f"run_dir={tmp_path}")
@@ -180,7 +187,7 @@ def test_a_signal_that_comes_while_processes_ask_each_other_is_not_lost():
 
 
 def test_ctrl_c_pressed_twice_interrupts_at_once(tmp_path):
-    slow = ["adv.steps=3000", "data.batch_size=500", "trainer.limit_train_batches=2"]
+    slow = ["adv.steps=300", "data.batch_size=500", "model.settings.width=32", "trainer.limit_train_batches=2"]
     process = start("train.py", *SHORT, *slow, f"run_dir={tmp_path}")
     wait_for(tmp_path / "config.yaml", process)
     time.sleep(3)

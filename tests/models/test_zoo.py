@@ -120,7 +120,7 @@ def test_every_model_is_a_choice_of_both_programs(key):
     for program in ("train", "evaluate"):
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             model = OmegaConf.to_container(compose(program, [f"model=zoo/{key}"]).model)
-        plain = {"resample": False, "new_head": False, "defense": None}
+        plain = {"activation": None, "resample": False, "new_head": False, "defense": None}
         assert model == {**ZOO[key].config(), **plain}
 
 
