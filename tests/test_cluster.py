@@ -17,11 +17,11 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from processes import ROOT, SHORT, environment, finish, last_weights, run, same_weights, start, wait_for
 
 from ares_lightning import build
 from ares_lightning.launch import CONFIG_DIR
 from ares_lightning.training.devices import device_settings
-from runs import ROOT, SHORT, environment, finish, last_weights, run, same_weights, start, wait_for
 
 TWO = [*SHORT, "trainer.max_epochs=1", "data.batch_size=16"]
 BY_HAND = ["trainer=cpu", "trainer.num_nodes=2", "trainer.strategy=ddp"]

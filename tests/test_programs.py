@@ -20,7 +20,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
-from runs import ROOT, assert_one_line, last_weights, run, wandb_records
+from processes import ROOT, assert_one_line, last_weights, run, wandb_records
 from sklearn.datasets import load_digits
 from wandb.proto.wandb_internal_pb2 import Record
 

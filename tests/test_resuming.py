@@ -19,14 +19,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
-from wandb.proto.wandb_internal_pb2 import Record
-
-from ares_lightning import build
-from ares_lightning.atomic import WriteError, replacing
-from ares_lightning.launch import CONFIG_DIR
-from ares_lightning.training.checkpointing import AtomicCheckpointIO
-from ares_lightning.training.preemption import Stopped, StopSignals
-from runs import (
+from processes import (
     SHORT,
     assert_one_line,
     finish,
@@ -37,6 +30,13 @@ from runs import (
     wait_for,
     wandb_records,
 )
+from wandb.proto.wandb_internal_pb2 import Record
+
+from ares_lightning import build
+from ares_lightning.atomic import WriteError, replacing
+from ares_lightning.launch import CONFIG_DIR
+from ares_lightning.training.checkpointing import AtomicCheckpointIO
+from ares_lightning.training.preemption import Stopped, StopSignals
 
 
 @pytest.fixture(scope="module")
