@@ -22,6 +22,7 @@ import wandb
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from wandb.errors import Error as WandbError
@@ -126,9 +127,10 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
             torch.distributed.destroy_process_group()  # nobody waits while rank 0 evaluates
         if not trainer.is_global_zero:
             return metrics
-        best = run_dir / "checkpoints" / "best.ckpt"
-        if best.exists():
-            load_network(net, trained_weights(read_checkpoint(best), best, cfg.weights), best)
+        files = (run_dir / "checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
+        judged = next((file for file in files if file.exists()), None)  # the last where nothing was validated
+        if judged is not None:
+            load_network(net, trained_weights(read_checkpoint(judged), judged, cfg.weights), judged)
         if evaluation.evaluators:
             metrics |= _evaluate(evaluation, data, net, run_dir, module.device)
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into SystemExit
@@ -145,14 +147,17 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         raise WriteError(f"{error}; {goes_on} once there is room") from error
     except WandbError as error:
         raise ConfigError(f"logger=wandb: {error}; `wandb login`, or logger.offline=true") from error
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     except NonFiniteError as error:
         _end_other_processes(trainer)
         last = run_dir / "checkpoints" / "last.ckpt"
         kept = f"{last} is from before" if last.is_file() else "no checkpoint had been written yet"
         raise ConfigError(f"{error}; {kept}") from error
     except ValueError as error:
-        if not str(error).startswith("data.batch_size="):
+        if not str(error).startswith("data."):
             raise
+        _end_other_processes(trainer)
         raise ConfigError(str(error)) from error
     except RuntimeError as error:
         _end_other_processes(trainer)

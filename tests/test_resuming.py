@@ -369,6 +369,10 @@ def test_what_does_not_fit_a_checkpoint_is_refused_in_one_line(whole, tmp_path):
             ["resume=last", f"run_dir={whole}", "optim.lr=0.5"],
             r"optim\.lr=0\.5: the checkpoint was made with 0\.00",
         ),
+        (
+            ["resume=last", f"run_dir={whole}", "data.batch_size=16", "trainer.max_epochs=4"],
+            r"data\.batch_size: the checkpoint was made with 32 images a step over all processes, now it is 16",
+        ),
         (["resume=last", f"run_dir={whole}", "optim=sgd"], r"optim\.name=sgd: the checkpoint was made with adamw"),
         (["resume=last", f"run_dir={whole}", "model.settings.width=16"], r"last\.ckpt: "),
         (["resume=last", f"run_dir={tmp_path}"], r"resume=last: no such checkpoint"),

@@ -16,7 +16,7 @@ from ares_lightning.models import (
     load_network,
     read_checkpoint,
 )
-from ares_lightning.models.checkpoints import find_checkpoint
+from ares_lightning.models.checkpoints import CheckpointError, find_checkpoint
 from ares_lightning.models.weights import trained_weights
 from ares_lightning.training.objectives import OBJECTIVES, AuxiliaryNorms, InnerAttack, Objective
 
@@ -34,7 +34,10 @@ def build_objective(cfg: DictConfig, net: Classifier, num_classes: int) -> Objec
                 raise ValueError(f"split_bn={split}: expected true or false")
             arguments["norms"] = AuxiliaryNorms(net) if split else None
         if "teacher" in takes:
-            arguments["teacher"] = _teacher(cfg, num_classes)
+            try:
+                arguments["teacher"] = _teacher(cfg, num_classes)
+            except (ConfigError, CheckpointError) as error:
+                raise ValueError(f"teacher={cfg.adv.teacher}: {error}") from error
         if "threat" in takes:
             arguments["threat"] = Threat(settings.pop("norm"), parse_budget(settings.pop("eps")))
         if "inner" in takes:

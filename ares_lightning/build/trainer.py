@@ -45,6 +45,8 @@ def build_trainer(
     for key in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch"):
         with section("trainer"):
             check_count(key, settings[key])
+    if not settings["limit_train_batches"]:
+        raise ConfigError("trainer.limit_train_batches=0: nothing would be trained; give a number above 0")
     with section("trainer"):
         settings |= device_settings(**{key: settings[key] for key in _DEVICE_KEYS})
     plugins: list[Any] = [AtomicCheckpointIO()]
@@ -52,11 +54,12 @@ def build_trainer(
         plugins.append(SLURMEnvironment(auto_requeue=False))  # `stop` sees to signals
     debugging = bool(settings["fast_dev_run"])
     loggers = [] if debugging else _loggers(cfg, run_dir)
+    callbacks = _callbacks(cfg, run_dir, None if debugging else stop, cost, checkpoints=not debugging)
     try:
         return L.Trainer(
             **settings,
             plugins=plugins,
-            callbacks=_callbacks(cfg, run_dir, None if debugging else stop, cost, checkpoints=not debugging),
+            callbacks=callbacks,
             logger=loggers or False,
             enable_checkpointing=not debugging,
             default_root_dir=run_dir,
@@ -106,7 +109,20 @@ def _checkpoints(cfg: DictConfig, run_dir: Path, stop: StopSignals | None) -> Ch
 
 def _early_stopping(cfg: DictConfig, settings: dict[str, Any]) -> Callback:
     checkpoint = cfg.callbacks.checkpoint
+    check_count("patience", settings["patience"])
     return EarlyStopping(checkpoint.monitor, mode=checkpoint.mode, **settings)
+
+
+def _swa(cfg: DictConfig, settings: dict[str, Any]) -> Callback:
+    start, epochs = settings["start_epoch"], cfg.trainer.max_epochs
+    if start is None:
+        start = epochs // 4
+    swa = SWA(start)
+    if start >= epochs:
+        raise ValueError(
+            f"start_epoch={start}: trainer.max_epochs={epochs} ends before; give an earlier one, or null"
+        )
+    return swa
 
 
 def _overfitting_probe(cfg: DictConfig, settings: dict[str, Any]) -> Callback:
@@ -117,7 +133,7 @@ def _overfitting_probe(cfg: DictConfig, settings: dict[str, Any]) -> Callback:
 
 _TRICKS: dict[str, Callable[[DictConfig, dict[str, Any]], Callback]] = {
     "ema": lambda cfg, settings: EMA(**settings),
-    "swa": lambda cfg, settings: SWA(**settings),
+    "swa": _swa,
     "awp": lambda cfg, settings: AWP(**settings),
     "early_stopping": _early_stopping,
     "overfitting_probe": _overfitting_probe,

@@ -40,7 +40,7 @@ def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> Ro
         except ValueError as error:
             raise ValueError(f"val_{error}") from error
     smoothing = cfg.aug.label_smoothing
-    if not 0 <= smoothing < 1:
+    if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
         raise ConfigError(f"aug.label_smoothing={smoothing}: expected a number from 0 to below 1")
     augmentation = _batch_augmentation(cfg, data)
     objective = build_objective(cfg, net, data.num_classes)
@@ -100,6 +100,11 @@ def _check_together(cfg: DictConfig, objective: Objective) -> None:
     if name == "free" and "awp" in tricks:
         raise ConfigError(
             "trick=[awp]: adv=free moves its images in the backward of the loss; leave one of them out"
+        )
+    if objective.differentiates_twice and cfg.trainer.activation_checkpointing:
+        raise ConfigError(
+            f"trainer.activation_checkpointing=true: adv={name} differentiates twice, which checkpointed networks "
+            "cannot; set it false"
         )
     if objective.differentiates_twice and cfg.trainer.compile:
         raise ConfigError(

@@ -44,6 +44,9 @@ class BatchAugmentation:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for key in ("mixup", "cutmix", "erasing", "switch_prob"):
+            if isinstance(getattr(self, key), bool) or not isinstance(getattr(self, key), int | float):
+                raise ValueError(f"{key}={getattr(self, key)}: expected a number")
         for key in ("mixup", "cutmix"):
             value = getattr(self, key)
             if isinstance(value, bool | str) or not 0 <= value < math.inf:

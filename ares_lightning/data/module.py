@@ -155,6 +155,9 @@ class RobustDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> ImageLoader:
         """Load this rank's share of the validation set, each sample on one rank only."""
+        ranks = self.trainer.world_size if self.trainer else 1
+        if len(self.val_set) < ranks:
+            raise ValueError(f"data.num_val={len(self.val_set)}: each of the {ranks} processes needs an image")
         sampler = self._sampler(self.val_set, shuffle=False)
         return self._loader(self.val_set, sampler, self.eval_batch_size)
 

@@ -9,6 +9,9 @@ import torch
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "ddp_fork")
 
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+"""Weights stay in float32, as images and budgets do."""
+
 
 def device_settings(
     *,
@@ -31,6 +34,8 @@ def device_settings(
             f"strategy={strategy}: attacks differentiate whole parameters on the bare network in the process that "
             f"trains it, which of the strategies only DDP leaves there; expected one of {', '.join(STRATEGIES)}"
         )
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision}: expected one of {', '.join(PRECISIONS)}")
     if type(sync_batchnorm) is not bool:
         raise ValueError(f"sync_batchnorm={sync_batchnorm}: expected true or false")
     kind = _kind(accelerator)

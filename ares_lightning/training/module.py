@@ -18,6 +18,7 @@ from ares_lightning.data import BatchAugmentation
 from ares_lightning.training.attention import split_attention
 from ares_lightning.training.objectives import Logs, Objective
 from ares_lightning.training.optim import OptimSettings
+from ares_lightning.training.tricks.non_finite import NonFiniteError
 
 MONITORED = ("val/robust_acc", "val/clean_acc")
 
@@ -113,7 +114,12 @@ class RobustTraining(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count clean and robust accuracy in one attack call."""
         images, labels, sample_ids = batch
-        outcome = self.val_attack(self.net, to_pixels(images), labels, sample_ids=sample_ids, seed=self.seed)
+        try:
+            outcome = self.val_attack(self.net, to_pixels(images), labels, sample_ids=sample_ids, seed=self.seed)
+        except ValueError as error:
+            if "not finite" not in str(error):
+                raise
+            raise NonFiniteError(f"the network gives no finite logits after step {self.global_step}") from error
         self.clean_acc(outcome.clean_prediction == labels)
         self.robust_acc(~outcome.broken)
         metrics = {"val/clean_acc": self.clean_acc, "val/robust_acc": self.robust_acc}
@@ -123,19 +129,24 @@ class RobustTraining(L.LightningModule):
         """Return the optimizer and its schedule, stepped after each update."""
         epochs = self.trainer.max_epochs or 1
         steps = self.steps_by_epoch(epochs)
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        processes = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        optim = self.optim.scaled(data.batch_size_at(0) * processes)
+        optim = self.optim.scaled(self._images_per_step())
         optimizer = optim.optimizer(self.net, self.auxiliary)
         schedule = optim.schedule_of(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _images_per_step(self) -> int:
+        """Return the images of an update in the first epoch, over all processes and accumulated batches."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        batches: int = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return int(data.batch_size_at(0)) * batches
 
     def steps_by_epoch(self, epochs: int) -> list[float]:
         """Return how many updates are made in each of the epochs."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if getattr(data, "varies", False):
             accumulated = self.trainer.accumulate_grad_batches
-            return [-(-data.steps_per_epoch(epoch) // accumulated) for epoch in range(epochs)]
+            batches = [_limited(data.steps_per_epoch(epoch), self.trainer) for epoch in range(epochs)]
+            return [-(-number // accumulated) for number in batches]
         return [int(self.trainer.estimated_stepping_batches) / epochs] * epochs
 
     def configure_gradient_clipping(
@@ -154,17 +165,34 @@ class RobustTraining(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the config along, so that a checkpoint alone says what it is, and what the objective carries."""
         checkpoint["config"] = self.config
+        checkpoint["images_per_step"] = self._images_per_step()
         state = self.objective.state_dict()
-        if state:
+        if state and self.trainer.world_size > 1:
             gathered: Any = self.all_gather(state)
-            checkpoint["objective"] = {name: value.cpu() for name, value in gathered.items()}
+            state = {name: value.flatten(0, 1) for name, value in gathered.items()}
+        if state:
+            checkpoint["objective"] = {name: value.cpu() for name, value in state.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the objective what it carried on this process."""
+        """Give the objective what it carried for the rows of this process.
+
+        Raises ValueError where an update takes another number of images, by which the schedule counts.
+        """
+        now, before = self._images_per_step(), checkpoint["images_per_step"]
+        if now != before:
+            raise ValueError(
+                f"data.batch_size: the checkpoint was made with {before} images a step over all processes, now it "
+                f"is {now}; keep their number to go on, or begin anew with model.weights=<checkpoint>"
+            )
         state = checkpoint.get("objective", {})
-        if self.trainer.world_size > 1:
-            state = {name: value[self.global_rank] for name, value in state.items()}
-        self.objective.load_state_dict(state)
+        rank, ranks = self.global_rank, self.trainer.world_size
+        self.objective.load_state_dict({name: value.chunk(ranks)[rank] for name, value in state.items()})
+
+
+def _limited(batches: int, trainer: L.Trainer) -> int:
+    """Return how many of an epoch's batches the Trainer takes."""
+    limit = trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
 
 
 def to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

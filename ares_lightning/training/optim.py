@@ -81,6 +81,12 @@ class OptimSettings:
             raise ValueError(
                 f"agc={self.agc}: contradicts clip_grad_norm={self.clip_grad_norm}; set one of them null"
             )
+        if self.betas is not None and not (_is_list(self.betas) and len(self.betas) == 2):
+            raise ValueError(f"betas={self.betas}: expected null or two numbers")
+        if not _is_list(self.milestones):
+            raise ValueError(f"milestones={self.milestones}: expected a list of epochs")
+        if self.points is not None and not isinstance(self.points, Mapping):
+            raise ValueError(f"points={self.points}: expected {{epoch: multiple of lr}}")
         if not all(map(_is_number, self.milestones)) or list(self.milestones) != sorted(self.milestones):
             raise ValueError(f"milestones={self.milestones}: expected rising epochs")
         if type(self.warmup_prefix) is not bool:
@@ -156,6 +162,10 @@ class OptimSettings:
 def _trunk(net: nn.Module) -> nn.Module:
     """Return the architecture itself, which knows its blocks and what is not to be decayed."""
     return net.backbone if isinstance(net, Classifier) else net
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_number, value))
 
 
 def _is_number(value: object) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from trainings import Watch, fit, weights
 
+from ares_lightning.build import ConfigError
 from ares_lightning.models.weights import trained_weights
 from ares_lightning.training.tricks import EMA, SWA
 
@@ -65,8 +66,20 @@ def test_swa_is_the_mean_of_the_weights_at_the_ends_of_the_epochs(tmp_path):
 
 
 def test_before_swa_begins_the_raw_weights_are_looked_at(tmp_path):
-    run = fit(tmp_path, "trick=[swa]", "trick.swa.start_epoch=5")
-    assert "state_dict_ema" not in run.checkpoint()
+    run = fit(tmp_path, "trick=[swa]", "trick.swa.start_epoch=1", "trainer.max_epochs=2")
+    first, second = (
+        torch.load(tmp_path / "checkpoints" / name, weights_only=True) for name in ("best.ckpt", "last.ckpt")
+    )
+    assert ("state_dict_ema" in first) == (first["epoch"] == 1)
+    assert "state_dict_ema" in second
+    assert run.trainer.current_epoch == 2
+
+
+def test_swa_begins_after_a_quarter_of_the_epochs_and_not_after_the_last(tmp_path):
+    run = fit(tmp_path / "quarter", "trick=[swa]", "trainer.max_epochs=4")
+    assert run.checkpoint()["callbacks"]["SWA"]["num_updates"] == 3
+    with pytest.raises(ConfigError, match=r"^trick\.swa\.start_epoch=5: trainer\.max_epochs=1 ends before"):
+        fit(tmp_path / "late", "trick=[swa]", "trick.swa.start_epoch=5")
 
 
 def test_an_average_takes_accumulated_batches_as_one_step(tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Counting
+from networks import Counting, SmallNet
 from plain import CLASSES, EPS, SIZE, batches, inner, network, soften
 from torch import nn
 
@@ -217,3 +217,15 @@ def test_in_training_mode_the_attack_differentiates_through_the_batchs_statistic
 def test_inner_attacks_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         InnerAttack(**{"attack": inner().attack, **settings})
+
+
+def test_split_norms_stay_in_use_where_the_networks_norms_are_replaced():
+    """As Lightning does for trainer.sync_batchnorm."""
+    net = SmallNet()
+    norms = AuxiliaryNorms(net)
+    nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    own = net.features[1].weight
+    assert isinstance(net.features[1], nn.SyncBatchNorm)
+    with norms.in_place():
+        assert net.features[1].weight is not own
+    assert net.features[1].weight is own

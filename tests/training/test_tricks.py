@@ -125,6 +125,13 @@ def test_a_rate_without_bounds_ends_in_one_line(tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_weights_that_break_in_the_last_step_before_a_validation_are_named(tmp_path):
+    broken = ["optim=sgd", "optim.lr=1e38", "optim.warmup_epochs=0", "trainer.limit_train_batches=1"]
+    with pytest.raises(NonFiniteError, match=r"^the network gives no finite logits after step 1; lower optim\.lr"):
+        fit(tmp_path, *broken)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_long_epoch_is_looked_into_every_so_many_steps(tmp_path):
     class Counts(Watch):
         batches = 0

@@ -22,10 +22,11 @@ class AuxiliaryNorms(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self._own: list[nn.Module] = [module for module in net.modules() if isinstance(module, _BatchNorm)]
-        if not self._own:
+        self._net = (net,)  # in a tuple, so that it is no module of this one
+        self._names = [name for name, module in net.named_modules() if isinstance(module, _BatchNorm)]
+        if not self._names:
             raise ValueError("split_bn=true: the network has no batch norms to split")
-        self.norms = nn.ModuleList(copy.deepcopy(norm) for norm in self._own)
+        self.norms = nn.ModuleList(copy.deepcopy(net.get_submodule(name)) for name in self._names)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -37,7 +38,8 @@ class AuxiliaryNorms(nn.Module):
             self._swap()
 
     def _swap(self) -> None:
-        for one, other in zip(self._own, self.norms, strict=True):
+        own = map(self._net[0].get_submodule, self._names)  # asked for anew: SyncBN replaces the modules
+        for one, other in zip(own, self.norms, strict=True):
             one._parameters, other._parameters = other._parameters, one._parameters
             one._buffers, other._buffers = other._buffers, one._buffers
 

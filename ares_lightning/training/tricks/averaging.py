@@ -52,6 +52,7 @@ class WeightAverage(Callback):
         self._average = self.make_average(net)
         if self._saved:
             self._average.module.load_state_dict({key.removeprefix("net."): v for key, v in self._saved.items()})
+        self._saved = {}
         if getattr(pl_module, "compiles", False):
             self._average.module.compile()
 

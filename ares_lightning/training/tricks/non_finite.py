@@ -14,8 +14,14 @@ from ares_lightning.attacks.attack import check_count
 NONE = torch.iinfo(torch.int64).max
 
 
+REMEDY = "lower optim.lr, or set optim.clip_grad_norm=1 or trainer.precision=32-true"
+
+
 class NonFiniteError(RuntimeError):
-    """The loss is not finite; the message is one line with the step and the remedy."""
+    """Loss or logits are not finite; the message is one line with the step and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message}; {REMEDY}")
 
 
 class NonFiniteGuard(Callback):
@@ -63,7 +69,4 @@ class NonFiniteGuard(Callback):
         reduced: Any = trainer.strategy.reduce(self._first, reduce_op="min")
         first = int(reduced)
         if first != NONE:
-            raise NonFiniteError(
-                f"train/loss is not finite at step {first}, epoch {trainer.current_epoch}; lower optim.lr, or set "
-                "optim.clip_grad_norm=1 or trainer.precision=32-true"
-            )
+            raise NonFiniteError(f"train/loss is not finite at step {first}, epoch {trainer.current_epoch}")

@@ -31,6 +31,11 @@ class OverfittingProbe(Callback):
         self._attack, self._drop, self._action, self._seed = attack, check_number("drop", drop), action, seed
         self._before: float | None = None
         self._weights: dict[str, Tensor] = {}
+        self._stopped = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stand by the decision to stop where the training is taken up again."""
+        trainer.should_stop = trainer.should_stop or self._stopped
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -55,7 +60,8 @@ class OverfittingProbe(Callback):
             f"overfitting probe: after epoch {trainer.current_epoch} {self._attack.name} leaves {now:.1%} of a "
             f"training batch, {before:.1%} an epoch before: catastrophic overfitting; {remedy[self._action]}"
         )
-        trainer.should_stop = trainer.should_stop or self._action != "warn"
+        self._stopped = self._action != "warn"
+        trainer.should_stop = trainer.should_stop or self._stopped
         if self._action == "fall_back":
             module.net.load_state_dict(self._weights)
 
@@ -66,9 +72,10 @@ class OverfittingProbe(Callback):
         return float(mean)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last accuracy, and the weights to fall back to."""
-        return {"before": self._before, "weights": self._weights}
+        """Return the last accuracy, the weights to fall back to, and whether the training was stopped."""
+        return {"before": self._before, "weights": self._weights, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up."""
         self._before, self._weights = state_dict["before"], state_dict["weights"]
+        self._stopped = state_dict["stopped"]
