@@ -300,7 +300,7 @@ def test_precision_follows_the_device():
         ("trainer.strategy=ddp_spawn", r"trainer\.strategy=ddp_spawn: .*expected one of auto, ddp, "),
         ("trainer=cpu trainer.sync_batchnorm=true", r"trainer\.sync_batchnorm=true: CPU processes cannot"),
         ("trainer.sync_batchnorm=1", r"trainer\.sync_batchnorm=1: expected true or false"),
-        ("trainer.precision=8", r"trainer: Precision '?8'? is invalid"),
+        ("trainer.precision=8", r"trainer\.precision=8: expected one of auto, 32-true, bf16-mixed, 16-mixed"),
         ("callbacks.checkpoint.every_n_steps=0", r"callbacks\.checkpoint\.every_n_steps=0"),
         ("callbacks.checkpoint.mode=most", r"callbacks\.checkpoint\.mode=most: expected one of max, min"),
     ],

@@ -165,7 +165,7 @@ def _trunk(net: nn.Module) -> nn.Module:
 
 
 def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(map(_is_number, value))
+    return isinstance(value, Sequence) and all(map(_is_number, value))
 
 
 def _is_number(value: object) -> bool:
