@@ -56,13 +56,14 @@ class Forecast(Callback):
 
     def _line(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
         measured = self._seconds / MEASURED_STEPS
-        total: Any = trainer.estimated_stepping_batches
+        module: Any = pl_module
+        total = sum(module.steps_by_epoch(trainer.max_epochs))  # of epochs that may differ in length
         batches = total * trainer.accumulate_grad_batches - trainer.fit_loop.epoch_loop.total_batch_idx - 1
         parts = [
             f"{self._num_images / self._seconds:.0f} images/s",
             *([] if self._cost is None else [f"a step costs {self._cost}"]),
             f"peak memory {_peak_memory(pl_module.device) / GIB:.1f} GiB",
-            f"{_duration(batches * measured)} of steps left, validation comes on top",
+            f"{_duration(batches * measured)} of steps left at this pace, validation comes on top",
         ]
         return "training: " + ", ".join(parts)
 

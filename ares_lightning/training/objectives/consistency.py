@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from ares_lightning.attacks.attack import check_number
 from ares_lightning.training.objectives.adversarial import AdversarialTraining
 from ares_lightning.training.objectives.objective import (
+    LEAST_TEMPERATURE,
     InnerAttack,
     Logs,
     accuracy,
     divergence,
     log_probabilities,
 )
-
-LEAST_TEMPERATURE = 1e-3
 
 
 class Consistency(AdversarialTraining):

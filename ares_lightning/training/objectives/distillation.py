@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ares_lightning.attacks.attack import check_number
 from ares_lightning.training.objectives.adversarial import AdversarialTraining
 from ares_lightning.training.objectives.objective import (
+    LEAST_TEMPERATURE,
     InnerAttack,
     Logs,
     accuracy,
@@ -18,8 +19,6 @@ from ares_lightning.training.objectives.objective import (
     log_probabilities,
 )
 from ares_lightning.training.objectives.trades import divergence_from
-
-LEAST_TEMPERATURE = 1e-3
 
 
 class Distillation(AdversarialTraining):

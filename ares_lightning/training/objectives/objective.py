@@ -21,6 +21,8 @@ from ares_lightning.attacks.pgd import BIM
 from ares_lightning.training.objectives.auxiliary import AuxiliaryNorms
 
 Logs = dict[str, Tensor]
+LEAST_TEMPERATURE = 1e-3
+"""Of those that logits are divided by."""
 EPOCHS_PER_SEED, EPOCHS_PER_VIEW = 1_000_000, 100_000
 
 
