@@ -57,6 +57,14 @@ def about_run(net: nn.Module, **facts: Any) -> Mapping[str, Any]:
     return {
         **facts,
         "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
     }
+
+
+def _version(package: str) -> str | None:
+    """Return the release of a package; of one that runs from its folder without being installed none is known."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
