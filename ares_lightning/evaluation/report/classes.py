@@ -78,7 +78,8 @@ def comparable(runs: Sequence[Run]) -> list[Run]:
 
 
 def class_rows(worst: WorstCase, names: Names) -> list[ClassRow]:
-    """Return the classes that there are samples of, the least robust first."""
+    """Return the classes that there are samples of, the least robust first; of equal ones those surest to be weak
+    come first and those surest to be robust last."""
     labels, place = np.unique(worst.labels, return_inverse=True)
     n = np.bincount(place)
     robust = np.bincount(place, ~worst.broken).astype(int)
@@ -91,7 +92,7 @@ def class_rows(worst: WorstCase, names: Names) -> list[ClassRow]:
         name, count = class_name(label, names), int(n[at])
         shares = Share.of(int(robust[at]), count), Share.of(int(clean[at]), count)
         rows.append(ClassRow(label, name, *shares, most.get(name)))
-    return sorted(rows, key=lambda row: (row.robust.value, row.label))
+    return sorted(rows, key=lambda row: (row.robust.value, row.robust.high, row.robust.low))
 
 
 def class_chart(rows: Sequence[ClassRow]) -> Chart:

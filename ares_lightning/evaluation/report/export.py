@@ -104,11 +104,12 @@ def _markdown(entries: Sequence[Entry]) -> str:
     """Return one table a group."""
     tables = []
     for group, own in _groups(entries):
-        rows = [
-            f"| {_cell(entry.model)} | {_cell(entry.training or NONE)} | {_clean(entry)} | {100 * entry.robust:.1f} "
-            f"| {100 * entry.low:.1f} to {100 * entry.high:.1f} | {entry.n} | {_cell(_sanity(entry))} |"
-            for entry in own
-        ]
+        rows = []
+        for entry in own:
+            model, training = _cell(entry.model), _cell(entry.training or NONE)
+            interval = f"{100 * entry.low:.1f} to {100 * entry.high:.1f}"
+            numbers = f"{_clean(entry)} | {100 * entry.robust:.1f} | {interval} | {entry.n}"
+            rows.append(f"| {model} | {training} | {numbers} | {_cell(_sanity(entry))} |")
         head = "| model | training | clean (%) | robust (%) | 95 % interval | n | sanity |"
         tables.append("\n".join([f"### {_cell(group)}", "", head, "|---|---|--:|--:|--:|--:|---|", *rows]))
     return "\n\n".join(tables) + "\n"

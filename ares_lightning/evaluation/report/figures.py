@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from math import ceil, floor, log10
 from typing import Any
 
 from markupsafe import Markup
@@ -135,8 +136,11 @@ def line_chart(
                 }
             )
             known.add((label, line.choice))
-    layout = _layout(110 + (330 if len(panels) == 1 else 230 * len(panels)), len({label for label, _ in known}))
-    layout["xaxis"] = _axis(x_title, anchor=axis, **({"type": "log"} if log else {"rangemode": "tozero"}))
+    num_names = len({label for label, _ in known})
+    layout = _layout(110 + (330 if len(panels) == 1 else 230 * len(panels)), num_names)
+    layout["showlegend"] = num_names > 1
+    ticks = _log_ticks([x for lines in panels.values() for line in lines for x in line.x]) if log else {}
+    layout["xaxis"] = _axis(x_title, anchor=axis, **(ticks or {"rangemode": "tozero"}))
     share = 1 / len(panels)
     for number, title in enumerate(panels, 1):
         top = 1 - (number - 1) * share
@@ -203,15 +207,16 @@ def interval_chart(name: str, rows: Sequence[tuple[str, Sequence[tuple[float, fl
                 "mode": "markers",
                 "name": title,
                 "x": [100 * value for value, *_ in values],
-                "y": list(range(len(rows))),
+                "y": [place + (0.15, -0.15)[part] for place in range(len(rows))],
                 "error_x": spread,
-                "marker": {"color": colour, "size": 9},
+                "marker": {"color": colour, "size": 8},
+                "cliponaxis": False,
                 "text": [f"<b>{escape(label)}</b><br>{escape(each[part][3])}" for label, each in rows],
                 "hovertemplate": "%{text}<extra></extra>",
             }
         )
     layout = _layout(90 + 22 * len(rows), len(parts))
-    layout["xaxis"] = _axis("accuracy (%)", range=[0, 101])
+    layout["xaxis"] = _axis("accuracy (%)", range=[-1, 101])
     layout["yaxis"] = _named_axis([label for label, _ in rows])
     return Chart(name, data, layout)
 
@@ -275,7 +280,7 @@ def scatter_chart(name: str, points: Sequence[Point], x_title: str, log: bool = 
                     }
                 )
     layout = _layout(380, len(groups))
-    layout["xaxis"] = _axis(x_title, **({"type": "log"} if log else {}))
+    layout["xaxis"] = _axis(x_title, **(_log_ticks([float(point.x) for point in points]) if log else {}))
     layout["yaxis"] = _axis("robust accuracy (%)", rangemode="tozero")
     return Chart(name, data, layout, choices if len(choices) > 1 else [])
 
@@ -288,6 +293,14 @@ def percent(values: Sequence[float]) -> list[float]:
 def _axis(title: str, **more: Any) -> dict[str, Any]:
     look = {"gridcolor": _GREY, "zerolinecolor": _GREY, "automargin": True}
     return {"title": {"text": title, "standoff": 10}, **look, **more}
+
+
+def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
+    """Return a logarithmic axis with plain numbers on it: 1, 2, 5, 10, … or powers of ten alone."""
+    least, most = floor(log10(min(values))), ceil(log10(max(values)))
+    steps = (1, 2, 5) if most - least <= 2 else (1,)
+    ticks = [float(f"{step}e{power}") for power in range(least, most + 1) for step in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,g}" for tick in ticks]}
 
 
 def _named_axis(names: Sequence[str], title: str = "") -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _entry(runs: Sequence[Run]) -> Entry:
     attacks = _sorted(name for run in ordered for name in _attacks(run, row))
     return Entry(
         model=first.name,
-        architecture=first.model,
+        architecture=first.architecture,
         training=first.training,
         num_parameters=first.num_parameters,
         set=row.set or "",

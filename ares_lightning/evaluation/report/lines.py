@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -113,7 +113,8 @@ def _tracks(run: Run, rows: Sequence[Row], x: Callable[[Row], float]) -> list[_T
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in sorted(rows, key=x):
         family = (row.set or "").rsplit("/", 2)[0] if row.radius is not None else row.set
-        parts = (row.evaluator, row.attack, family if family != run.main else None, row.subset)
+        attack = row.attack if row.attack not in (row.evaluator, "none") else None
+        parts = (row.evaluator, attack, family if family != run.main else None, row.subset)
         groups.setdefault(tuple(str(part or "") for part in parts), []).append(row)
     tracks = {key: _Track(run, "", [x(row) for row in own], own) for key, own in groups.items()}
     tracks = {key: track for key, track in tracks.items() if len(set(track.x)) > 1}
@@ -127,6 +128,8 @@ def _tracks(run: Run, rows: Sequence[Row], x: Callable[[Row], float]) -> list[_T
 def _lines(tracks: Sequence[_Track], note: Callable[[Row], str]) -> list[Line]:
     """Return the tracks as lines: by what measured them where there is one run, else by run and one source at a
     time, first that of most runs."""
+    if len({track.run.main for track in tracks}) > 1:
+        tracks = [replace(track, source=f"{track.source} on {track.run.main}") for track in tracks]
     sources = Counter(track.source for track in tracks)
     alone = len({track.run.label for track in tracks}) == 1
     lines = []

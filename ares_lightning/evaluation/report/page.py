@@ -16,14 +16,13 @@ from ares_lightning.evaluation.report.analysis import analysis
 from ares_lightning.evaluation.report.examples import panel, read_examples
 from ares_lightning.evaluation.report.figures import Chart, Line, curve_chart, line_chart
 from ares_lightning.evaluation.report.pairs import pairs
-from ares_lightning.evaluation.report.picture import curves_png
 from ares_lightning.evaluation.report.rows import NORMS
 from ares_lightning.evaluation.report.run import VERDICTS, Run, read_runs
 
 NUM_EXAMPLES, LEAST_EXAMPLES, MOST_EXAMPLES = 24, 2, 8
 """Examples on a page, and of a run at least and at most."""
-MOST_OPEN = 3
-"""Runs whose details are unfolded on a page of several."""
+MOST_OPEN, MOST_LISTED = 3, 12
+"""Runs whose details are unfolded on a page of several, and beyond which what is long is folded or scrolled."""
 
 
 def write_report(runs: Sequence[Path], output: Path) -> Path:
@@ -45,6 +44,8 @@ def write_figure(runs: Sequence[Path], output: Path) -> Path:
     Where several evaluators measured curves in a norm, those of the one that most runs were put to are drawn.
     Raises ValueError where no run has a curve, and as `write_report` does.
     """
+    from ares_lightning.evaluation.report.picture import curves_png  # pages need no matplotlib
+
     curves = lines.budget_curves(read_runs(runs))
     first = {norm: [line for line in drawn if line.choice == drawn[0].choice] for norm, drawn in curves.items()}
     return write(output, curves_png(first))
@@ -82,6 +83,7 @@ def _content(runs: list[Run]) -> dict[str, Any]:
         "verdicts": VERDICTS,
         "checks": _checks_by_title(runs),
         "most_open": MOST_OPEN,
+        "most_listed": MOST_LISTED,
         "curves": {
             NORMS.get(norm, norm): curve_chart(norm, drawn) for norm, drawn in lines.budget_curves(runs).items()
         },

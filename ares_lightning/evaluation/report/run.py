@@ -18,7 +18,6 @@ from ares_lightning.evaluation.metrics import WORST_CASE
 from ares_lightning.evaluation.report.rows import Row
 from ares_lightning.evaluation.report.style import Style
 from ares_lightning.evaluation.report.worst_case import WorstCase, read_worst_case
-from ares_lightning.models import ZOO
 
 VERDICTS = ("fail", "warn", "pass", "not asked")
 """What a sanity check says, worst first."""
@@ -98,10 +97,12 @@ class Run:
 
     @property
     def main(self) -> str | None:
-        """The name of the set that the headline is about."""
+        """The name of the set that the headline is about, without one that of the data."""
         if self.robust:
             return self.robust.set
-        return next((str(each["set"]) for each in self.about.get("sets", [])), self.setting("data.name"))
+        known = [each["set"] for each in self.about.get("sets", [])] + [self.setting("data.name")]
+        known += [row.set for row in self.rows]
+        return next((str(name) for name in known if name is not None), None)
 
     @property
     def question(self) -> tuple[str, str, float] | None:
@@ -128,18 +129,22 @@ class Run:
         return str(self.setting("name") or self.folder.name)
 
     @property
-    def model(self) -> str | None:
-        """The name of the model: its key in the zoo, else that of its network."""
-        key, name = str(self.setting("model.key")), self.setting("model.name")
-        return key if key in ZOO else name if name is None else str(name)
+    def architecture(self) -> str | None:
+        """The name of the network."""
+        name = self.setting("model.name")
+        return None if name is None else str(name)
 
-    @property
+    @cached_property
     def training(self) -> str | None:
         """How the model was trained: by the objective, or, where its weights are those of the zoo, as they were."""
-        name, key = self.setting("adv.name"), str(self.setting("model.key"))
-        if name is None and key in ZOO and not self.setting("ckpt"):
-            return ZOO[key].training
-        return None if name is None else str(name)
+        name, key = self.setting("adv.name"), self.setting("model.key")
+        if name is not None:
+            return str(name)
+        if key is None or self.setting("ckpt"):
+            return None
+        from ares_lightning.models import ZOO  # costs 3 s and 200 MiB, which few reports need
+
+        return ZOO[str(key)].training if str(key) in ZOO else None
 
     @property
     def num_parameters(self) -> int | None:

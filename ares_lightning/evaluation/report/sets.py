@@ -92,7 +92,9 @@ def transfer_chart(runs: Sequence[Run]) -> Chart | None:
     if not known:
         return None
     pairs = [pair for of_attack in known.values() for pair in of_attack]
-    sources, models = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
+    models = list(dict.fromkeys(model for _, model in pairs))
+    named = {source for source, _ in pairs}
+    sources = [model for model in models if model in named] + sorted(named - set(models))
     heats = []
     for attack, rows in known.items():
         found = [[rows.get((source, model)) for model in models] for source in sources]

@@ -18,6 +18,7 @@ Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
 _WORDS = ["evaluator", "evaluator_fingerprint", "model_fingerprint", "set", "attack", "norm"]
 _NUMBERS = ["sample_id", "label", "clean_prediction", "adversarial_prediction", "eps", "target", "broken"]
+_NUM_ROWS = 65_536
 _KEPT = ["sample_id", "label", "clean_prediction", "adversarial_prediction", "eps", "broken"]
 
 
@@ -60,7 +61,7 @@ def read_worst_case(
     Raises ValueError naming a part that cannot be read.
     """
     tables, names, models = [], set(), set()
-    for table in _parts(folder):
+    for table in _batches(folder):
         known = set(pc.unique(table["model_fingerprint"]).to_pylist())
         models |= known
         if model is None and len(models) > 1:
@@ -93,11 +94,14 @@ def _per_sample(rows: dict[str, np.ndarray[Any, Any]], evaluators: tuple[str, ..
     return WorstCase(samples, rows["label"][first], clean, prediction, broken, evaluators)
 
 
-def _parts(folder: Path) -> Iterator[pa.Table]:
+def _batches(folder: Path) -> Iterator[pa.Table]:
+    """Yield the needed columns of all parts, some rows at a time."""
     for part in sorted(folder.glob("*.parquet")):
         if part.name.startswith("_"):
             continue
         try:
-            yield pq.read_table(part, columns=_WORDS + _NUMBERS, read_dictionary=_WORDS, partitioning=None)
+            with pq.ParquetFile(part, read_dictionary=_WORDS) as file:
+                for batch in file.iter_batches(_NUM_ROWS, columns=_WORDS + _NUMBERS):
+                    yield pa.Table.from_batches([batch]).select(_WORDS + _NUMBERS)
         except (pa.ArrowException, OSError, KeyError) as error:
             raise ValueError(f"{part}: is not a readable verdict table ({error})") from error
