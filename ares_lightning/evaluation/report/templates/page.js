@@ -20,7 +20,7 @@ for (const controls of document.querySelectorAll(".controls[data-table]")) {
   const filter = () => {
     const words = (search?.value ?? "").toLowerCase().split(/\s+/);
     for (const row of rows) {
-      const text = row.textContent.toLowerCase();
+      const text = [...row.cells].map((cell) => cell.textContent).join(" ").toLowerCase();
       row.hidden = (group && row.dataset.group !== group.value) || !words.every((word) => text.includes(word));
     }
   };
