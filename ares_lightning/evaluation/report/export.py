@@ -54,6 +54,7 @@ def _record(entry: Entry) -> dict[str, Any]:
         "attacks": list(entry.attacks),
         "sanity_failed": list(entry.failed) if entry.checked else None,
         "sanity_warned": list(entry.warned) if entry.checked else None,
+        "sanity_passed": list(entry.passed) if entry.checked else None,
         "runs": list(entry.runs),
         "model_fingerprint": entry.fingerprint,
     }

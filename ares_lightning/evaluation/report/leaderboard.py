@@ -21,8 +21,8 @@ class Entry:
     """A model within a threat model on a set: accuracies are fractions with their 95 % intervals.
 
     robust, low, high, n: the lowest known robust accuracy, over all runs of the model; united: it is that of the
-    per-sample worst case over several runs. attacks: evaluators whose attacks are in it. failed, warned: titles of
-    the sanity checks that a run failed, or that are in doubt.
+    per-sample worst case over several runs. attacks: evaluators whose attacks are in it. failed, warned, passed:
+    titles of the sanity checks by the worst that a run says of them.
     """
 
     model: str
@@ -38,9 +38,9 @@ class Entry:
     n: int
     clean: Row | None
     attacks: tuple[str, ...]
-    checked: bool
     failed: tuple[str, ...]
     warned: tuple[str, ...]
+    passed: tuple[str, ...]
     runs: tuple[str, ...]
     united: bool
     fingerprint: str | None
@@ -49,6 +49,11 @@ class Entry:
     def threat(self) -> str:
         """The threat model in words."""
         return f"{NORMS.get(self.norm, self.norm)}, eps {eps_text(self.norm, self.eps)}"
+
+    @property
+    def checked(self) -> bool:
+        """Whether any sanity check was made."""
+        return bool(self.failed or self.warned or self.passed)
 
     @property
     def group(self) -> str:
@@ -109,6 +114,9 @@ def _entry(runs: Sequence[Run]) -> Entry:
         value = 1 - float(united.sum()) / n
         low, high = wilson_interval(n - int(united.sum()), n)
     attacks = _sorted(name for run in ordered for name in _attacks(run, row))
+    failed, warned, passed = (
+        {check.title for run in ordered for check in run.verdicts(verdict)} for verdict in ("fail", "warn", "pass")
+    )
     return Entry(
         model=first.name,
         architecture=first.architecture,
@@ -123,9 +131,9 @@ def _entry(runs: Sequence[Run]) -> Entry:
         n=n,
         clean=next((run.clean for run in ordered if run.clean), None),
         attacks=attacks,
-        checked=any(run.checks for run in ordered),
-        failed=_sorted(check.title for run in ordered for check in run.verdicts("fail")),
-        warned=_sorted(check.title for run in ordered for check in run.verdicts("warn")),
+        failed=_sorted(failed),
+        warned=_sorted(warned - failed),
+        passed=_sorted(passed - warned - failed),
         runs=_sorted(run.label for run in ordered),
         united=united is not None and len(ordered) > 1,
         fingerprint=first.fact("run.model_fingerprint"),
