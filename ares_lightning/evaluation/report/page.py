@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from ares_lightning.evaluation.report import classes, lines, sets
 from ares_lightning.evaluation.report.analysis import analysis
-from ares_lightning.evaluation.report.examples import panel, read_examples
+from ares_lightning.evaluation.report.examples import class_names, panel
 from ares_lightning.evaluation.report.figures import Chart, Line, curve_chart, line_chart
 from ares_lightning.evaluation.report.pairs import pairs
 from ares_lightning.evaluation.report.rows import NORMS
@@ -73,8 +73,9 @@ def write(output: Path, content: bytes) -> Path:
 
 def _content(runs: list[Run]) -> dict[str, Any]:
     """Return what the template shows, section by section."""
-    kept = {run.label: read_examples(run) for run in runs}
-    num_examples = max(LEAST_EXAMPLES, min(MOST_EXAMPLES, NUM_EXAMPLES // len(runs)))
+    with_examples = runs[: NUM_EXAMPLES // LEAST_EXAMPLES]
+    num_examples = min(MOST_EXAMPLES, NUM_EXAMPLES // len(with_examples))
+    panels = [(run, panel(run, num_examples)) for run in with_examples]
     training = lines.history(runs)
     tables = [(run, sets.corruption_tables(run)) for run in runs]
     families = dict.fromkeys(family for _, of_run in tables for family in of_run)
@@ -93,14 +94,15 @@ def _content(runs: list[Run]) -> dict[str, Any]:
         "analysis": analysis(runs),
         "pairs": pairs(runs),
         "members": sets.members(runs),
-        "by_class": _by_class(runs, kept),
+        "by_class": _by_class(runs),
         "transfer": sets.transfer_chart(runs),
         "ood": sets.ood_chart(runs),
         "corruptions": [
             (family, sets.corruption_chart(family, of_family), [(run, each[family]) for run, each in of_family])
             for family, of_family in corruptions.items()
         ],
-        "examples": [(run, cards) for run in runs if (cards := panel(run, kept[run.label], num_examples))],
+        "examples": [(run, cards) for run, cards in panels if cards],
+        "num_with_examples": len(with_examples),
         "training": line_chart("training", training, "epoch") if training else None,
     }
 
@@ -109,13 +111,12 @@ def _chart(name: str, drawn: list[Line], x_title: str, log: bool = False) -> Cha
     return line_chart(name, {"accuracy": drawn}, x_title, log=log) if drawn else None
 
 
-def _by_class(runs: Sequence[Run], kept: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+def _by_class(runs: Sequence[Run]) -> dict[str, Any] | None:
     """Return accuracy by class and confusions of the runs that compare, None where none has its verdicts."""
     compared = classes.comparable(runs)
     if not compared:
         return None
-    known = next((kept[run.label]["classes"] for run in compared if "classes" in kept[run.label]), None)
-    names = {} if known is None else dict(enumerate(known.tolist()))
+    names = next(filter(None, map(class_names, compared)), {})
     rows = {run.label: classes.class_rows(run.worst_case, names) for run in compared if run.worst_case}
     others = [{row.label: row for row in rows[run.label]} for run in compared[1:]]
     listed = {
