@@ -164,7 +164,7 @@ def write_run(folder: Path, model: Invented, others: Sequence[str] = (), verdict
         for source in others:
             factor = 1.0 if source == model.name else weaker
             value = model.accuracy(eps, factor)
-            extra = {"attack": attack, "eps": eps, "source": source, "model": model.name}
+            extra = {"attack": attack, "eps": eps, "source": source}
             summary.append(row("transfer", value, n, "transfer_accuracy", **extra, **at))
     summary.append(row("worst_case", model.accuracy(eps), n, eps=eps, **at))
     (folder / "summary.json").write_text(json.dumps(summary))

@@ -177,3 +177,16 @@ def test_what_comes_from_any_file_is_escaped(tmp_path: Path) -> None:
     page = write_report([folder], tmp_path / "page.html").read_text()
     assert hostile not in page
     assert page.count("&lt;img src=x onerror=alert(1)&gt;") > 5
+
+
+def test_numbers_of_other_models_are_not_taken_for_the_runs_own(mine: Path) -> None:
+    rows = json.loads((mine / "summary.json").read_text())
+    others = [{**row, "model": "another", "value": 0.0, "low": 0.0} for row in rows]
+    (mine / "summary.json").write_text(json.dumps(others + rows))
+    (run,) = read_runs([mine])
+    assert run.clean is not None
+    assert run.robust is not None
+    assert (run.clean.value, run.robust.value) == tuple(
+        row["value"] for row in rows if row["evaluator"] in ("clean", "worst_case")
+    )
+    assert [line.value[0] for line in budget_curves([run])["linf"]] == [run.clean.value]

@@ -158,7 +158,7 @@ def _attacks(run: Run, headline: Row) -> tuple[str, ...]:
         return run.worst_case.evaluators
     return tuple(
         row.evaluator
-        for row in run.rows
+        for row in run.own
         if row.metric == "robust_accuracy" and row.norm == headline.norm and row.set == headline.set and row.attack
     )
 

@@ -31,7 +31,7 @@ class _Track:
 def budget_curves(runs: Sequence[Run]) -> dict[str, list[Line]]:
     """Return, by norm, what one evaluator measured with one attack on one set at two or more budgets."""
     rows_of = [
-        (run, [row for row in run.rows if row.metric == "robust_accuracy" and row.norm and row.eps is not None])
+        (run, [row for row in run.own if row.metric == "robust_accuracy" and row.norm and row.eps is not None])
         for run in runs
     ]
     norms = dict.fromkeys(row.norm for _, rows in rows_of for row in rows if row.norm)
@@ -51,7 +51,7 @@ def query_curves(runs: Sequence[Run]) -> list[Line]:
     """Return accuracy over the queries that an attack may ask of a sample."""
     tracks = []
     for run in runs:
-        rows = [row for row in run.rows if row.metric == "accuracy_over_queries" and row.queries]
+        rows = [row for row in run.own if row.metric == "accuracy_over_queries" and row.queries]
         tracks += _tracks(run, rows, lambda row: float(row.queries or 0))
     return _lines(tracks, lambda row: f"{row.threat}, {row.queries:,} queries: {row.shown}")
 
@@ -60,7 +60,7 @@ def low_pass_curves(runs: Sequence[Run]) -> list[Line]:
     """Return clean accuracy on images of which the low frequencies are left, over the radius of the filter."""
     tracks = []
     for run in runs:
-        rows = [row for row in run.rows if row.metric == "clean_accuracy" and row.radius is not None]
+        rows = [row for row in run.own if row.metric == "clean_accuracy" and row.radius is not None]
         tracks += _tracks(run, rows, lambda row: row.radius or 0.0)
     return _lines(tracks, lambda row: f"radius {row.radius:g}: {row.shown}")
 
@@ -78,7 +78,7 @@ def step_curves(runs: Sequence[Run]) -> list[Line]:
             for each in run.about.get("evaluators", [])
             if (found := re.search(r"\bsteps=(\d+)\b", str(each.get("settings"))))
         }
-        rows = [row for row in run.rows if row.metric == "robust_accuracy" and row.norm and row.evaluator in steps]
+        rows = [row for row in run.own if row.metric == "robust_accuracy" and row.norm and row.evaluator in steps]
         budgets = {row.evaluator: {other.eps for other in rows if other.evaluator == row.evaluator} for row in rows}
         rows = [row for row in rows if len(budgets[row.evaluator]) == 1]
         groups: dict[tuple[Any, ...], list[Row]] = {}

@@ -79,11 +79,16 @@ class Run:
             return None
         return str(norm), parse_budget(eps, f"{self.folder / 'config.yaml'}: threat.eps")
 
+    @property
+    def own(self) -> list[Row]:
+        """The rows about the run's own model; those of a transfer matrix may be about others."""
+        return [row for row in self.rows if row.model is None]
+
     @cached_property
     def robust(self) -> Row | None:
         """The headline: the worst case over all attacks, else the lowest robust accuracy at the threat model."""
         norm, budget = self.threat or (None, -1.0)
-        rows = [row for row in self.rows if row.metric == "robust_accuracy" and row.norm and row.eps is not None]
+        rows = [row for row in self.own if row.metric == "robust_accuracy" and row.norm and row.eps is not None]
         worst = [row for row in rows if row.evaluator == WORST_CASE]
         at_threat = [row for row in rows if row.norm == norm and isclose(row.eps or 0, budget, rel_tol=1e-6)]
         best = [row for row in worst if row in at_threat] or worst or at_threat
@@ -92,7 +97,7 @@ class Run:
     @property
     def clean(self) -> Row | None:
         """The clean accuracy, on the set of the headline where there is one, else on the data's own."""
-        rows = [row for row in self.rows if row.metric == "clean_accuracy"]
+        rows = [row for row in self.own if row.metric == "clean_accuracy"]
         return next((row for row in rows if row.set == self.main), rows[0] if rows else None)
 
     @property

@@ -29,7 +29,7 @@ def ood_rows(run: Run) -> list[Row]:
     """Return the accuracies on sets other than the run's own, a family of corruptions by its mean."""
     plain = [
         row
-        for row in run.rows
+        for row in run.own
         if row.set not in (None, run.main) and row.radius is None and not run.is_cell(row)
         if row.metric in ("clean_accuracy", "mean_accuracy")
     ]
@@ -58,7 +58,7 @@ def ood_chart(runs: Sequence[Run]) -> Chart | None:
 def corruption_tables(run: Run) -> Corruptions:
     """Return the rows of single corruptions."""
     tables: Corruptions = {}
-    for row in run.rows:
+    for row in run.own:
         if row.cell is not None and run.is_cell(row):
             family, name, severity = row.cell
             tables.setdefault(family, {}).setdefault(name, {})[severity] = row
@@ -85,9 +85,11 @@ def transfer_chart(runs: Sequence[Run]) -> Chart | None:
     """Return accuracy by the model crafted on and the model judged, one attack at a time; None without any."""
     known: dict[str, dict[tuple[str, str], Row]] = {}
     for run in runs:
+        itself = (None, run.fact(f"models.{run.fact('run.model_fingerprint')}"))
         for row in run.rows:
             if row.metric == "transfer_accuracy":
-                pair = row.source or run.label, row.model or run.label
+                source, model = (run.label if name in itself else name for name in (row.source, row.model))
+                pair = str(source), str(model)
                 known.setdefault(f"{row.attack}, {row.threat}", {}).setdefault(pair, row)
     if not known:
         return None
@@ -115,7 +117,7 @@ def members(runs: Sequence[Run]) -> list[Member]:
     found = []
     for run in runs:
         left: dict[tuple[object, ...], float] = {}
-        for row in run.rows:
+        for row in run.own:
             if row.metric == "robust_accuracy_after":
                 key = (row.evaluator, row.set, row.norm, row.eps)
                 if key not in left and run.clean is not None and run.clean.set == row.set:
