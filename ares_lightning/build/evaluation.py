@@ -46,6 +46,7 @@ def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
             subset=cfg.subset,
             precision=cfg.precision,
             seed=cfg.seed,
+            name=str(cfg.name),
             compile=cfg.compile,
             eot=RANDOM_DRAWS if is_random(cfg) else 1,
             save_images=_save_images(cfg),

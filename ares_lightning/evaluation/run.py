@@ -59,7 +59,7 @@ class Evaluation:
     evaluators: asked in this order; threat: the threat model of the headline; precision: `fp32` or `fp64`, or
     `bf16` for searches under bf16 autocast with verdicts in fp32; seed: of all noise; dataset: the images; subset:
     how they were chosen from their set, for the record; loader: makes batches of a set in canonical order,
-    `loader(dataset, batch_size=<images>)`; batch_size: images in one pass of the network; compile: by
+    `loader(dataset, batch_size=<images>)`; batch_size: images in one pass of the network; name: of the model, for the record; compile: by
     torch.compile, which takes a while and pays off in long evaluations; eot: draws of a randomised model in a clean
     prediction, attacks have their own; save_images: keep adversarial images; raises: what fails in an evaluator is
     raised at once.
@@ -73,6 +73,7 @@ class Evaluation:
     subset: str | None = None
     precision: str = "fp32"
     seed: int = 0
+    name: str = "model"
     compile: bool = False
     eot: int = 1
     save_images: bool = False
@@ -178,7 +179,7 @@ class Evaluation:
             }
             about = {
                 "run": about_run(net, **facts),
-                "models": {asking.model_fingerprint: None} | self.models,
+                "models": self.models | {asking.model_fingerprint: self.name},
                 "sets": about_sets(self.questions),
                 "not_found": list(self.not_found),
                 "skipped": left_out,
