@@ -33,10 +33,10 @@ def build_threat(cfg: DictConfig) -> Threat:
         return Threat(cfg.threat.norm, parse_budget(cfg.threat.eps))
 
 
-def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
-    """Build what `eval` asks, on the test images that `subset` names."""
+def build_evaluation(cfg: DictConfig, data: RobustDataModule, images: ImageSet | None = None) -> Evaluation:
+    """Build what `eval` asks, on those of `images`, by default the test images, that `subset` names."""
     try:
-        dataset = select_subset(data.test_set, cfg.subset)
+        dataset = select_subset(data.test_set if images is None else images, cfg.subset)
         return Evaluation(
             evaluators=build_evaluators(cfg, data, dataset),
             threat=build_threat(cfg),

@@ -59,10 +59,10 @@ class Evaluation:
     evaluators: asked in this order; threat: the threat model of the headline; precision: `fp32` or `fp64`, or
     `bf16` for searches under bf16 autocast with verdicts in fp32; seed: of all noise; dataset: the images; subset:
     how they were chosen from their set, for the record; loader: makes batches of a set in canonical order,
-    `loader(dataset, batch_size=<images>)`; batch_size: images in one pass of the network; name: of the model, for the record; compile: by
-    torch.compile, which takes a while and pays off in long evaluations; eot: draws of a randomised model in a clean
-    prediction, attacks have their own; save_images: keep adversarial images; raises: what fails in an evaluator is
-    raised at once.
+    `loader(dataset, batch_size=<images>)`; batch_size: images in one pass of the network; name: of the model;
+    compile: by torch.compile, which takes a while and pays off in long evaluations; eot: draws of a random model
+    in a clean prediction, attacks have their own; save_images: keep adversarial images; raises: what fails in an
+    evaluator is raised at once.
     """
 
     evaluators: Sequence[Evaluator]

@@ -1,4 +1,4 @@
-"""One process of an evaluation with a short AutoAttack: `shared_run.py <checkpoint> <run folder> <batch size> <type>`."""
+"""One process of an evaluation with a short AutoAttack: <weights> <run folder> <batch size> <precision>."""
 
 from __future__ import annotations
 

@@ -12,33 +12,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
-from processes import ROOT, finish, run, start, wait_for_parts
-from shared_run import make_data, make_net
-from torch.nn.functional import cross_entropy
+from processes import ROOT, assert_one_line, finish, run, start, wait_for_parts
 
 from ares_lightning.evaluation.verdicts import KEY
 
 SHARED_RUN = ROOT / "tests" / "evaluation" / "shared_run.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", "1", "--master-addr", "127.0.0.1"]
 COLUMNS_OF_KEY = [*KEY, "evaluator"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    """A network that has seen the digits for a moment, so that some are right and some break."""
-    torch.manual_seed(0)
-    net, data = make_net(), make_data()
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-    for _ in range(6):
-        for images, labels, _ids in data.train_dataloader():
-            optimizer.zero_grad()
-            pixels = images / 255
-            cross_entropy(net(pixels + 0.1 * torch.randn_like(pixels).sign()), labels).backward()
-            optimizer.step()
-    path = tmp_path_factory.mktemp("net") / "weights.pt"
-    torch.save(net.eval().state_dict(), path)
-    return path
 
 
 def table(run_dir: Path, columns: list[str] | None = None) -> pd.DataFrame:
@@ -57,20 +37,26 @@ def shared(
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+CUTS = {
+    "fp64": {"whole": (64, 1), "single": (1, 1), "two": (7, 2)},
+    "fp32": {"whole": (64, 1), "three": (7, 3)},
+}
+
+
+@pytest.mark.parametrize("precision", CUTS)
 def test_verdicts_do_not_depend_on_batch_size_and_processes(weights, tmp_path, precision):
-    cuts = {"whole": (64, 1), "single": (1, 1), "odd": (7, 2), "three": (16, 3)}
+    cuts = CUTS[precision]
     for name, (batch_size, processes) in cuts.items():
         shared(weights, tmp_path / name, batch_size=batch_size, processes=processes, precision=precision)
     columns = None if precision == "fp64" else [*COLUMNS_OF_KEY, "broken", "clean_prediction"]
     whole = table(tmp_path / "whole", columns)
     assert set(whole.loc[whole["evaluator"] == "autoattack", "attack"]) == {"apgd_ce", "apgd_t", "fab_t", "square"}
     assert 0 < whole.loc[whole["evaluator"] == "autoattack"].groupby("sample_id")["broken"].any().mean() < 1
-    for name in ("single", "odd", "three"):
+    for name, (_, processes) in cuts.items():
         pd.testing.assert_frame_equal(table(tmp_path / name, columns), whole)
         assert (tmp_path / name / "summary.json").read_text() == (tmp_path / "whole" / "summary.json").read_text()
-    ranks = {path.name[:9] for path in (tmp_path / "three" / "verdicts").iterdir()}
-    assert ranks == {"part-0000", "part-0001", "part-0002"}
+        ranks = {path.name[:9] for path in (tmp_path / name / "verdicts").iterdir()}
+        assert ranks == {f"part-{rank:04d}" for rank in range(processes)}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +100,13 @@ def test_two_devices_and_two_nodes_give_the_table_of_one_process(checkpoint, who
         assert (tmp_path / name / "summary.json").read_text() == (whole / "summary.json").read_text()
         assert {path.name[:9] for path in (tmp_path / name / "verdicts").iterdir()} == {"part-0000", "part-0001"}
         assert json.loads((tmp_path / name / "about.json").read_text())["run"]["world_size"] == 2
+
+
+def test_the_folder_of_other_settings_is_refused_before_anything_is_written(checkpoint, whole):
+    config = (whole / "config.yaml").read_bytes()
+    done = run("evaluate.py", f"ckpt={checkpoint}", *ASKED, "seed=1", f"run_dir={whole}")
+    assert_one_line(done, rf"run_dir={whole}: holds verdicts of eval\.clean on digits under other settings")
+    assert (whole / "config.yaml").read_bytes() == config
 
 
 def assert_ends_well(process: subprocess.Popen[str]) -> None:
