@@ -141,6 +141,12 @@ def noise_by_content(images: Tensor) -> Tensor:
     return images + 0.05 * torch.sin(1e7 * images).detach()
 
 
+def winners_take_all(images: Tensor) -> Tensor:
+    """Keep what is brighter than its image's median after a fine pattern is laid over it."""
+    pattern = images + 0.1 * (500 * images).cos()
+    return images * (pattern > pattern.flatten(1).median(1).values.view(-1, 1, 1, 1))
+
+
 def hides_from_gradients(images: Tensor) -> Tensor:
     return images.clamp(0.3, 0.7) if torch.is_grad_enabled() else images
 
@@ -176,6 +182,13 @@ DEFENCES: dict[str, tuple[Callable[[nn.Module], nn.Module], tuple[str, ...]]] = 
         ("gradients_point_uphill",),
     ),
     "noise by content": (lambda net: Around(net, noise_by_content), ("gradients_point_uphill",)),
+    "clamped input": (lambda net: Around(net, lambda x: x.clamp(0, 1)), ("gradients_point_uphill",)),
+    "winners take all": (lambda net: Around(net, winners_take_all), ("gradients_point_uphill",)),
+    "logits through tanh": (lambda net: Around(net, after=lambda z: (3 * z).tanh()), ("logits_not_probabilities",)),
+    "logarithm with a floor": (
+        lambda net: Around(net, after=lambda z: z.softmax(1).clamp(min=0.01).log()),
+        ("logits_not_probabilities",),
+    ),
     "hides from gradients": (lambda net: Around(net, hides_from_gradients), ("deterministic",)),
     # randomised
     "input noise": (lambda net: Around(net, lambda x: x + 0.1 * torch.randn_like(x)), ("deterministic",)),
@@ -219,5 +232,5 @@ HONEST: dict[str, Callable[[nn.Module], nn.Module]] = {
     "logits x5": lambda net: Around(net, after=lambda z: 5 * z),
     "logits / 100": lambda net: Around(net, after=lambda z: z / 100),
     "zero-sum logits": lambda net: Around(net, after=lambda z: z - z.mean(1, keepdim=True)),
-    "clamped input": lambda net: Around(net, lambda x: x.clamp(0, 1)),
+    "float32 alone": lambda net: Around(net, lambda x: x.float()),
 }

@@ -15,11 +15,12 @@ from ares_lightning.attacks.threat import ORDER
 from ares_lightning.evaluation.sanity.rule import largest_distance
 
 DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-5}
-"""Half the distance of the two points whose losses are compared with the gradient."""
+"""By how much all pixels are moved to measure a slope."""
 NUM_DIRECTIONS = 4
 """Random directions that gradients are held against."""
-WRONG_SLOPE = 0.25
-"""A gradient is wrong where it misses the slopes measured by this share of both."""
+WRONG_SLOPE = {torch.float32: 0.3, torch.float64: 0.1}
+"""A gradient is wrong where it misses the slopes measured by this share of both. Honest networks were seen to miss
+0.011 at most in float64 (digits CNNs and CIFAR-10 ResNet-20s, trained adversarially or not)."""
 CLIMBS = (1 / 64, 1 / 16, 1 / 4, 1)
 """Lengths of a single step along the gradient, in budgets; PGD-20 takes 1/4."""
 TRACE_STEPS = 20
@@ -92,7 +93,7 @@ def probe_gradients(
 
 def _gradient(net: nn.Module, images: Tensor, labels: Tensor, loss: Loss, batch_size: int) -> Tensor | None:
     """Return the gradient of the loss [N, C, H, W], None where autograd knows of no way to the input."""
-    gradients = []
+    gradients: list[Tensor] = []
     for part in Passes(batch_size).parts(len(images), backward=True):
         points = images[part].clone().requires_grad_()
         with torch.enable_grad():
@@ -115,22 +116,25 @@ def _directions(images: Tensor, seed: int, kind: str) -> list[Tensor]:
 
 
 def _num_wrong(net: nn.Module, images: Tensor, labels: Tensor, seed: int, batch_size: int) -> int:
-    """Return how many gradients of the margin miss the differences of margins measured across the image."""
+    """Return how many gradients of the margin miss the slopes measured by small steps from the image into the box.
+
+    In float64 along the gradient and random directions; in float32 along the gradient, where slopes outdo rounding.
+    """
     size = DIFFERENCE[images.dtype]
-    centre = images.clamp(size, 1 - size)
-    gradient = _gradient(net, centre, labels, LOSSES["margin"], batch_size)
+    gradient = _gradient(net, images, labels, LOSSES["margin"], batch_size)
     if gradient is None:
         return len(images)
+    start = _margins(net, images, labels, batch_size)
     missed, total = gradient.new_zeros(2, len(images), dtype=torch.float64)
-    random = _directions(images, seed, "differences") if images.dtype == torch.float64 else []
+    random = _directions(images, seed, "slopes") if images.dtype == torch.float64 else []
     for direction in (gradient, *random):
         step = size * direction.sign()
-        ahead, behind = (_margins(net, centre + sign * step, labels, batch_size) for sign in (1, -1))
-        slope = (ahead - behind).double() / 2
+        step = torch.where(images + step < 0, size, torch.where(images + step > 1, -size, step))
+        rise = (_margins(net, images + step, labels, batch_size) - start).double()
         expected = (gradient * step).flatten(1).sum(1).double()
-        missed = missed + (slope - expected).abs()
-        total = total + slope.abs() + expected.abs()
-    return int((~(missed <= WRONG_SLOPE * total)).sum())
+        missed = missed + (rise - expected).abs()
+        total = total + rise.abs() + expected.abs()
+    return int((~(missed <= WRONG_SLOPE[images.dtype] * total)).sum())
 
 
 def _uphill(
