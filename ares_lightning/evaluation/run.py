@@ -265,6 +265,7 @@ class Evaluation:
                 "distance": outcome.distance.cpu().numpy(),
                 "forwards": outcome.forwards.cpu().numpy(),
                 "backwards": outcome.backwards.cpu().numpy(),
+                "source_fingerprint": answer.source_fingerprint,
             }
         )
 

@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         ("distance", pa.float64()),
         ("forwards", pa.int64()),
         ("backwards", pa.int64()),
+        ("source_fingerprint", pa.string()),
     ]
 )
 """One row: one sample, one attack, one budget. `eps` and `distance` are in the norm, units of the [0, 1] scale;
