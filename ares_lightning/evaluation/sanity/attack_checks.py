@@ -143,7 +143,7 @@ def _verdict(check: str, title: str, findings: Sequence[_Finding], remedy: str, 
 
 def attack_checks(rows: pd.DataFrame, about: Mapping[str, Any], threat: Threat) -> list[Check]:
     """Return what verdict rows of one model and one set say about the attacks that they are of."""
-    is_transfer = rows["source_fingerprint"].notna() if "source_fingerprint" in rows else rows["broken"] & False
+    is_transfer = rows["source_fingerprint"].notna()
     runs = runs_of(rows[~is_transfer], about)
     transfers = runs_of(rows[is_transfer], about)
     white = [run for run in runs if run.is_of("white-box")]

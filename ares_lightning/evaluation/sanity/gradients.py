@@ -36,7 +36,7 @@ class GradientProbes:
     num_wrong: gradients of the margin that miss measured slopes, along itself and random directions.
     uphill: by the length of a step in budgets, how many images' margins a step along the gradient raises further
         than NUM_DIRECTIONS random steps of the same length.
-    trace: mean cross-entropy at each step of PGD-20, of the images that it never breaks; trace_survivors: so many.
+    trace: mean margin at each step of PGD-20, of the images that it never breaks; trace_survivors: so many.
     refused: what PGD-20 said where it refuses the model; else of its result: num_astray, the adversarial examples
         outside box or budget or with NaN; num_recounted: verdicts that a fresh forward, in another order, does not
         confirm; num_lost: images that one of its steps broke and its verdict does not.
@@ -174,23 +174,20 @@ def _with_attack(
 ) -> GradientProbes:
     """Add what a run of PGD shows."""
     attack = make_attack("pgd", norm=threat.norm, eps=threat.eps, steps=TRACE_STEPS)
-    losses: list[Tensor] = []
     margins: list[Tensor] = []
 
     def traced(logits: Tensor, labels: Tensor) -> Tensor:
-        loss = LOSSES["ce"](logits, labels)
-        losses.append(loss.detach().double())
         margins.append(margin(logits.detach(), labels))
-        return loss
+        return LOSSES["ce"](logits, labels)
 
     ids = torch.arange(len(images))
     for part in Passes(batch_size).parts(len(images), backward=True):
         attack.craft(net, images[part], labels[part], loss=traced, sample_ids=ids[part], seed=seed)
-    by_step = [torch.cat(losses[step::TRACE_STEPS]) for step in range(TRACE_STEPS)]
-    broke = torch.stack([torch.cat(margins[step::TRACE_STEPS]) > 0 for step in range(TRACE_STEPS)]).any(0)
+    by_step = torch.stack([torch.cat(margins[step::TRACE_STEPS]) for step in range(TRACE_STEPS)])
+    broke = (by_step > 0).any(0)
     measured = replace(
         measured,
-        trace=[float(loss[~broke].mean()) for loss in by_step] if not bool(broke.all()) else [],
+        trace=by_step[:, ~broke].double().mean(1).tolist() if not bool(broke.all()) else [],
         trace_survivors=int((~broke).sum()),
     )
     try:

@@ -30,7 +30,7 @@ MANY_AT_ENDS = 0.2
 FEWEST_CLASSES = 4
 """Classes that the targeted DLR loss needs (arXiv 2003.01690, eq. 7)."""
 STILL_RISING = 0.1
-"""Share of the whole rise of the loss that the last quarter of the steps may still bring."""
+"""Share of the whole rise of the margin that the last quarter of the steps may still bring."""
 
 
 def model_checks(probes: Probes | None, eot: int = 1) -> list[Check]:
@@ -64,7 +64,7 @@ _ENOUGH = ("enough_classes", "The losses of the attacks are defined for so many 
 _MOVES = ("input_not_quantised", "Small changes of the pixels move the logits smoothly", ATHALYE)
 _NONZERO = ("gradients_not_zero", "Gradients are there: neither zero nor NaN", f"{AUTOATTACK}; {INDICATORS}")
 _UPHILL = ("gradients_point_uphill", "Gradients tell where the loss rises", ATHALYE)
-_ENDS = ("climb_ended", "The loss has stopped rising when the attack stops", INDICATORS)
+_ENDS = ("climb_ended", "The margin has stopped rising when the attack stops", INDICATORS)
 _CONFIRMED = ("verdicts_confirmed", "A fresh forward confirms the verdicts, and none is lost", INDICATORS)
 _CLAIMS = {
     claim[0]: claim
@@ -232,11 +232,11 @@ def _ended(gradients: GradientProbes) -> Check:
     )
     share = (last - before) / (last - start) if last > start else 0.0
     evidence = (
-        f"PGD-20 raises the mean cross-entropy of the {gradients.trace_survivors} images that it never breaks from "
+        f"PGD-20 raises the mean margin of the {gradients.trace_survivors} images that it never breaks from "
         f"{start:.3g} to {gradients.trace[-1]:.3g}, {share:.1%} of that in its last quarter."
     )
     if last <= start:
-        return _check(_ENDS, FAIL, evidence, "The loss does not rise: the gradients fail the attack.")
+        return _check(_ENDS, FAIL, evidence, "The margin does not rise: the gradients fail the attack.")
     return _check(_ENDS, WARN if share > STILL_RISING else PASS, evidence, "Give the attack more steps.")
 
 
