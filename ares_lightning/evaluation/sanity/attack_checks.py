@@ -295,8 +295,9 @@ def _last_of_ensemble(rows: pd.DataFrame) -> list[_Finding]:
     asked = rows[rows["norm"].notna() & (rows["clean_prediction"] == rows["label"])]
     for (name, _, eps), group in asked.groupby(["evaluator", "evaluator_fingerprint", "eps"], sort=False):
         if group["attack"].nunique() > 1 and (group["attack"] == "square").any():
-            broken = group[group["broken"]].groupby("sample_id")["attack"].unique()
-            alone = int(sum(set(attacks) == {"square"} for attacks in broken))
+            broken = group[group["broken"]]
+            is_square = broken["attack"] == "square"
+            alone = len({*broken["sample_id"][is_square]} - {*broken["sample_id"][~is_square]})
             text = f"broken by Square alone within {name} at {eps:.4g}"
             findings.append(_Finding(text, alone, group["sample_id"].nunique(), SAME))
     return findings

@@ -185,10 +185,11 @@ def _with_attack(
         attack.craft(net, images[part], labels[part], loss=traced, sample_ids=ids[part], seed=seed)
     by_step = torch.stack([torch.cat(margins[step::TRACE_STEPS]) for step in range(TRACE_STEPS)])
     broke = (by_step > 0).any(0)
+    survives = ~broke & by_step.isfinite().all(0)
     measured = replace(
         measured,
-        trace=by_step[:, ~broke].double().mean(1).tolist() if not bool(broke.all()) else [],
-        trace_survivors=int((~broke).sum()),
+        trace=by_step[:, survives].double().mean(1).tolist() if bool(survives.any()) else [],
+        trace_survivors=int(survives.sum()),
     )
     try:
         outcome = attack(net, images, labels, sample_ids=ids, seed=seed, batch_size=batch_size)

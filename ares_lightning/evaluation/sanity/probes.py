@@ -93,7 +93,7 @@ def take_probes(
     with guarded(net, device, (seed, "sanity")), full_precision(device):
         num_training = sum(module.training for module in net.modules())
         state = _state(net)
-        logits = all_logits(net, images, batch_size)
+        logits = _all_logits(net, images, batch_size)
         finite = logits.isfinite().all(1)
         gradient_calls = _gradient_calls(net, images[:batch_size])
         repeat_change, repeat_right = _repeats(net, images, labels, logits, batch_size)
@@ -130,16 +130,16 @@ def take_probes(
     )
 
 
-def all_logits(net: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+def _all_logits(net: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     """Return the logits [N, classes] of images [N, C, H, W]."""
     parts = Passes(batch_size).parts(len(images), backward=True)
     return torch.cat([call_model(net, images[part]) for part in parts])
 
 
-def change(logits: Tensor, others: Tensor) -> Tensor:
-    """Return the L2 distances of L2-normalised logits [N]; infinite where only one of them is finite."""
+def _change(logits: Tensor, others: Tensor) -> Tensor:
+    """Return the L2 distances of L2-normalised logits [N], 2 where only `others` are not finite."""
     apart: Tensor = (_normalized(logits) - _normalized(others)).norm(dim=1)
-    return apart.nan_to_num(nan=torch.inf).where(logits.isfinite().all(1), 0)
+    return apart.nan_to_num(nan=2.0).where(logits.isfinite().all(1), 0)
 
 
 def _normalized(logits: Tensor) -> Tensor:
@@ -152,11 +152,11 @@ def _normalized(logits: Tensor) -> Tensor:
 
 def _repeats(net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor, batch_size: int) -> tuple[float, int]:
     """Return the largest change of logits between passes, and how far apart the numbers of right ones lie."""
-    passes = [logits, *(all_logits(net, images, batch_size) for _ in range(NUM_PASSES - 2))]
+    passes = [logits, *(_all_logits(net, images, batch_size) for _ in range(NUM_PASSES - 2))]
     with torch.enable_grad():
-        passes.append(all_logits(net, images.clone().requires_grad_(), batch_size).detach())
+        passes.append(_all_logits(net, images.clone().requires_grad_(), batch_size).detach())
     right = [int((predicted_classes(found) == labels).sum()) for found in passes]
-    return max(float(change(logits, found).max()) for found in passes[1:]), max(right) - min(right)
+    return max(float(_change(logits, found).max()) for found in passes[1:]), max(right) - min(right)
 
 
 def _neighbours(
@@ -170,9 +170,9 @@ def _neighbours(
     alone = range(min(NUM_ALONE, len(images)))
     try:
         changes = [
-            change(logits, call_model(net, images.flip(0)).flip(0)),
-            change(logits[:half], call_model(net, strangers)[:half]),
-            *(change(logits[i : i + 1], call_model(net, images[i : i + 1])) for i in alone),
+            _change(logits, call_model(net, images.flip(0)).flip(0)),
+            _change(logits[:half], call_model(net, strangers)[:half]),
+            *(_change(logits[i : i + 1], call_model(net, images[i : i + 1])) for i in alone),
         ]
     except (RuntimeError, ValueError) as error:
         return None, str(error).splitlines()[0]
@@ -185,10 +185,10 @@ def _in_fp64(
     """Return a copy in float64 with its images and logits, None where there is none that does the same."""
     try:
         exact = copy.deepcopy(net).double()
-        found = all_logits(exact, images.double(), batch_size)
+        found = _all_logits(exact, images.double(), batch_size)
     except Exception:  # whatever a stranger's module raises when it is copied or fed float64: it has no such copy
         return None
-    if found.dtype != torch.float64 or float(change(logits, found).max()) > SAME_IN_FP64:
+    if found.dtype != torch.float64 or float(_change(logits, found).max()) > SAME_IN_FP64:
         return None
     return exact, images.double(), found
 
@@ -199,8 +199,8 @@ def _pixel_changes(net: nn.Module, images: Tensor, seed: int, batch_size: int) -
         return {}, 0
     signs = sample_noise("uniform", (seed, "pixels"), range(len(images)), tuple(images.shape[1:]), images).sign()
     signs = torch.where(images == 0, 1, torch.where(images == 1, -1, signs))
-    logits = all_logits(net, images, batch_size)
-    moved = {size: all_logits(net, (images + size * signs).clamp(0, 1), batch_size) for size in PIXEL_CHANGES}
+    logits = _all_logits(net, images, batch_size)
+    moved = {size: _all_logits(net, (images + size * signs).clamp(0, 1), batch_size) for size in PIXEL_CHANGES}
     unmoved = {f"{size:.2g}": int((found == logits).all(1).sum()) for size, found in moved.items()}
     small, large = ((moved[size] - logits).double().norm(dim=1) for size in JUMP_SIZES)
     rounding = NUM_ROUNDINGS * torch.finfo(logits.dtype).eps * logits.double().norm(dim=1)

@@ -42,8 +42,10 @@ def _budgets_kept(rows: pd.DataFrame) -> Check:
     bounded = rows[rows["norm"].notna() & rows["broken"] & rows["eps"].between(0, float("inf"), inclusive="left")]
     if bounded.empty:
         return Check("budgets_kept", title, NOT_ASKED, "No adversarial example has a budget.", None, CARLINI)
-    allowed = bounded.apply(lambda row: largest_distance(row["norm"], row["eps"]), axis=1)
-    beyond = int((~(bounded["distance"] <= allowed)).sum())
+    beyond = 0
+    for _, group in bounded.groupby(["norm", "eps"]):
+        norm, eps = group["norm"].iloc[0], float(group["eps"].iloc[0])
+        beyond += int((~(group["distance"] <= largest_distance(norm, eps))).sum())
     evidence = (
         f"Further from the clean image than eps and rounding allow: {count_of(beyond, len(bounded))} examples."
     )
