@@ -68,7 +68,7 @@ def judge(data, net, run_dir, threat=LINF, **settings):
     rows = pd.read_parquet(run_dir / "verdicts")
     summary = json.loads((run_dir / "summary.json").read_text())
     fingerprints = rows.groupby("evaluator")["evaluator_fingerprint"].first()
-    attacks = [{"fingerprint": fingerprints[each.name], "attack": repr(each.attack)} for each in evaluators]
+    attacks = [{"fingerprint": fingerprints[each.name], "settings": repr(each.attack)} for each in evaluators]
     probes = probe(data, net, len(subset), threat)
     checks = run_checks(rows, summary, {**ABOUT, "evaluators": attacks}, threat, "digits", probes)
     return {check.check: check for check in checks}

@@ -47,7 +47,7 @@ def rows(attack, broken, *, eps=0.1, evaluator=None, norm="linf", **columns):
 
 
 def checks(*tables, attacks=(), summary=(), **about):
-    evaluators = [{"fingerprint": name, "attack": repr(attack)} for name, attack in attacks]
+    evaluators = [{"fingerprint": name, "settings": repr(attack)} for name, attack in attacks]
     table = pd.concat(tables) if tables else SCHEMA.empty_table().to_pandas()
     found = run_checks(table, list(summary), {"evaluators": evaluators, **about}, THREAT, "digits")
     return {check.check: check for check in found}
@@ -197,7 +197,7 @@ def test_other_sets_do_not_count():
 
 def test_the_report_is_plain_json():
     found = checks(rows("pgd", range(10)))
-    report = json.loads(json.dumps(sanity_report([*found.values()], "model", N, None)))
+    report = json.loads(json.dumps(sanity_report([*found.values()], "model", None)))
     assert [check["check"] for check in report["checks"]] == [*found]
     assert {*report["checks"][0]} == {"check", "title", "verdict", "evidence", "remedy", "source"}
 

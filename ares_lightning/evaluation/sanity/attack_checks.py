@@ -69,7 +69,7 @@ class Run:
 
 def runs_of(rows: pd.DataFrame, about: Mapping[str, Any]) -> list[Run]:
     """Return the untargeted attacks of verdict rows, which are of one model and one set."""
-    known = {entry["fingerprint"]: _settings(str(entry["attack"])) for entry in about.get("evaluators", [])}
+    known = {entry["fingerprint"]: _settings(str(entry["settings"])) for entry in about.get("evaluators", [])}
     attacked = rows[rows["norm"].notna() & (rows["eps"] > 0) & rows["target"].isna()]
     attacked = attacked[attacked["clean_prediction"] == attacked["label"]]
     runs = []

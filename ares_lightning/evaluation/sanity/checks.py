@@ -39,11 +39,10 @@ def run_checks(
     ]
 
 
-def sanity_report(checks: Sequence[Check], model_fingerprint: str, n: int, probes: Probes | None) -> dict[str, Any]:
-    """Return what `sanity.json` holds; n: samples that the checks are about."""
+def sanity_report(checks: Sequence[Check], model_fingerprint: str, probes: Probes | None) -> dict[str, Any]:
+    """Return what `sanity.json` holds."""
     return {
         "model_fingerprint": model_fingerprint,
-        "n": n,
         "checks": [asdict(check) for check in checks],
         "probes": None if probes is None else asdict(probes),
     }
