@@ -31,7 +31,7 @@ def test_two_processes_in_bf16_log_averaged_and_raw_weights_and_the_best_is_chos
             counted = 1 - rows.groupby("evaluator")["broken"].mean()
             assert logged == pytest.approx([counted["clean"], counted["pgd20"]])
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
-    assert best["epoch"] - 1 == metrics[monitor].idxmax()
+    assert best["epoch"] == metrics[monitor].idxmax()
     assert not list((tmp_path / "periodic").rglob("summary.json")), "they are no runs of their own"
 
 
