@@ -20,6 +20,7 @@ from ares_lightning.attacks.guard import full_precision, guarded
 from ares_lightning.attacks.noise import sample_noise
 from ares_lightning.attacks.passes import Passes, predict
 from ares_lightning.data import ImageSet
+from ares_lightning.evaluation.corruption_error import corruption_rows
 
 TARGETS = ("random", "least_likely")
 
@@ -96,6 +97,11 @@ class Evaluator(Stage):
         """The sets that are asked about instead of the evaluation's, none where it is that."""
         return ()
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Names of other models that are judged or crafted on, by their fingerprints."""
+        return {}
+
     def check(self, dataset: ImageSet) -> None:
         """Raise ValueError for a set that the question cannot be asked about, before any sample is."""
         if dataset.has_several_labels:
@@ -133,6 +139,10 @@ class SetsEvaluator(CleanEvaluator):
 
     sets: tuple[ImageSet, ...] = field(repr=False, compare=False)
     not_found: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    def further_rows(self, verdicts: pd.DataFrame) -> list[dict[str, Any]]:
+        """Return the means over the corruptions of each set of them."""
+        return corruption_rows(self.name, verdicts, self.subset)
 
     @property
     def own_sets(self) -> tuple[ImageSet, ...]:
@@ -286,6 +296,11 @@ def _predict_clean(
 def _unattacked(images: Tensor, labels: Tensor, prediction: Tensor) -> Outcome:
     zeros = torch.zeros_like(labels)
     return Outcome(images, prediction != labels, zeros.double(), zeros, zeros, prediction, prediction)
+
+
+def take_outcome(outcome: Outcome, rows: Tensor) -> Outcome:
+    """Return the outcome of some of the samples."""
+    return Outcome(**{name: getattr(outcome, name)[rows] for name in Outcome.__dataclass_fields__})
 
 
 def with_found(known: Outcome, place: Tensor, found: Outcome, rows: Tensor) -> Outcome:
