@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from ares_lightning.attacks import Attack
@@ -68,7 +69,7 @@ class TransferEvaluator(Evaluator):
     def verdicts(
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
     ) -> Iterator[Verdicts]:
-        """Yield the verdict of every model on the examples of every attack.
+        """Yield the verdict of every model on the examples of every attack; the evaluated one's has the passes.
 
         Raises ValueError naming the model whose logits are not finite, or which returns probabilities.
         """
@@ -96,6 +97,9 @@ class TransferEvaluator(Evaluator):
             except ValueError as error:
                 raise ValueError(f"{self.source}: {error}") from error
             for name, outcome in found.items():
+                if name != self.own:  # the examples were made once
+                    nothing = torch.zeros_like(outcome.forwards)
+                    outcome = replace(outcome, forwards=nothing, backwards=nothing)
                 yield Verdicts(
                     attack.name,
                     attack.norm,
