@@ -46,6 +46,7 @@ from ares_lightning.build import (
 )
 from ares_lightning.data import VARIANTS, ImageError
 from ares_lightning.evaluating import EvaluatorFailedError, run_evaluation
+from ares_lightning.evaluation.plan import plan
 from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.evaluation.workers import Workers
 from ares_lightning.models import ZOO, CheckpointError, Classifier, load_network, read_checkpoint
@@ -212,6 +213,10 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
                 print(taken)
         else:
             load_network(net, trained_weights(checkpoint, path, cfg.weights), path)
+        if cfg.plan:
+            if is_main_process():
+                print(plan(evaluation, net, fabric.device, fabric.world_size).text)
+            return {}
         run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / str(cfg.name) / evaluation.fingerprint(net))
         if is_main_process():
             _check_evaluation_folder(evaluation, net, run_dir)

@@ -63,7 +63,7 @@ class Evaluation:
     `loader(dataset, batch_size=<images>)`; batch_size: images in one pass of the network; name: of the model;
     compile: by torch.compile, which takes a while and pays off in long evaluations; eot: draws of a random model
     in a clean prediction, attacks have their own; save_images: keep adversarial images; raises: what fails in an
-    evaluator is raised at once.
+    evaluator is raised at once; left_out: evaluators of a suite that lack what they need, for the record.
     """
 
     evaluators: Sequence[Evaluator]
@@ -79,6 +79,7 @@ class Evaluation:
     eot: int = 1
     save_images: bool = False
     raises: bool = False
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -86,10 +87,18 @@ class Evaluation:
 
     def fingerprint(self, net: nn.Module) -> str:
         """Return a hash of the model, the set and every question: equal for the same evaluation."""
-        parts = [question.fingerprint for question in self.questions]
-        parts += [f"{len(question.dataset)} {question.evaluator.subset}" for question in self.questions]
-        parts += [model_fingerprint(net), set_fingerprint(self.dataset), str(self.subset), str(self.threat)]
+        return self._fingerprint_for(model_fingerprint(net))
+
+    def _fingerprint_for(self, model: str) -> str:
+        questions = self.asked_of(model).questions
+        parts = [question.fingerprint for question in questions]
+        parts += [f"{len(question.dataset)} {question.evaluator.subset}" for question in questions]
+        parts += [model, set_fingerprint(self.dataset), str(self.subset), str(self.threat)]
         return hashlib.blake2b(" ".join(parts).encode(), digest_size=6).hexdigest()
+
+    def asked_of(self, model: str) -> Evaluation:
+        """Return the evaluation as it is put to the model of this fingerprint."""
+        return replace(self, evaluators=[evaluator.asked_of(model) for evaluator in self.evaluators])
 
     @property
     def questions(self) -> list[Question]:
@@ -102,9 +111,9 @@ class Evaluation:
 
     @property
     def not_found(self) -> tuple[str, ...]:
-        """Keys of the out-of-distribution sets that were looked for and are not there."""
+        """Keys of the out-of-distribution sets that were looked for and are not there, and what was left out."""
         found = [evaluator.not_found for evaluator in self.evaluators if isinstance(evaluator, SetsEvaluator)]
-        return tuple(key for keys in found for key in keys)
+        return (*self.left_out, *(key for keys in found for key in keys))
 
     @property
     def models(self) -> dict[str, str]:
@@ -137,7 +146,7 @@ class Evaluation:
         rows = rows.filter(rows["model_fingerprint"].to_numpy() == own)
         names = ("evaluator", "set", "evaluator_fingerprint")
         there = set(zip(*(rows[name].to_pylist() for name in names), strict=True))
-        for question in self.questions:
+        for question in self.asked_of(own).questions:
             name, of_set, now = question.evaluator.name, question.dataset.name, question.fingerprint
             before = {print for evaluator, a_set, print in there if (evaluator, a_set) == (name, of_set)} - {now}
             if before:
@@ -172,7 +181,7 @@ class Evaluation:
             write_examples(run_dir / "examples.npz", asking, answered, self.threat)
             facts = {
                 "model_fingerprint": asking.model_fingerprint,
-                "fingerprint": self.fingerprint(net),
+                "fingerprint": self._fingerprint_for(asking.model_fingerprint),
                 "device": _device_name(device),
                 "world_size": workers.world_size,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
@@ -181,7 +190,7 @@ class Evaluation:
             probes = self._probed(asking, results.failed)
             about = {
                 "run": about_run(net, **facts),
-                "models": self.models | {asking.model_fingerprint: self.name},
+                "models": self.asked_of(asking.model_fingerprint).models | {asking.model_fingerprint: self.name},
                 "sets": about_sets(self.questions),
                 "not_found": list(self.not_found),
                 "skipped": left_out,
@@ -218,7 +227,7 @@ class Evaluation:
         search_on: nn.Module = folded.network
         if self.compile:
             search_on = torch.compile(search_on, dynamic=True)  # type: ignore[assignment]
-        questions = self.questions
+        questions = self.asked_of(fingerprint).questions
         answered: list[tuple[Question, pa.Table]] = []
         failed: list[Failure] = []
         total = sum(len(question.dataset) for question in questions)
