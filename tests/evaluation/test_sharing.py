@@ -70,8 +70,8 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def asked(work: int) -> list[str]:
     """An evaluation in many parts; `work` times 20 steps of the attacks."""
-    steps = [f"eval.{name}.attack.steps={20 * work}" for name in ("pgd20", "curve")]
-    return ["eval=[clean,pgd20,curve]", "subset=random:120@0", "data.eval_batch_size=4", "precision=fp64", *steps]
+    steps = [f"eval.{name}.attack.steps={20 * work}" for name in ("pgd20", "curve_threat")]
+    return ["eval=[clean,pgd20,curve_threat]", "subset=random:120@0", "data.eval_batch_size=4", "precision=fp64", *steps]
 
 
 ASKED = asked(4)
