@@ -6,13 +6,11 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import yaml
 
@@ -210,14 +208,14 @@ def _classes(
     if not parts or not model or not asked:
         return None
     columns = ["evaluator", "sample_id", "label", "attack", "norm", "eps", "broken", "target", "source_fingerprint"]
-    counts = [
-        ds.field("model_fingerprint") == model,
-        ds.field("set") == main,
-        ds.field("evaluator_fingerprint").isin(asked),
-        (ds.field("attack") == "none") | ((ds.field("norm") == norm) & (ds.field("eps") <= limit)),
-    ]
+    counts = (
+        (ds.field("model_fingerprint") == model)
+        & (ds.field("set") == main)
+        & ds.field("evaluator_fingerprint").isin(asked)
+        & ((ds.field("attack") == "none") | ((ds.field("norm") == norm) & (ds.field("eps") <= limit)))
+    )
     ledger = ds.dataset([str(part) for part in parts], format="parquet")
-    verdicts = ledger.to_table(columns, filter=reduce(pc.and_, counts)).to_pandas()
+    verdicts = ledger.to_table(columns, filter=counts).to_pandas()
     labels = verdicts.groupby("sample_id")["label"].first()
     if len(labels) == 0 or len(labels) > sum(each["n"] for each in about["sets"] if each["set"] == main):
         return None
