@@ -22,7 +22,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Raises WriteError where the folder, the disk or its quota does not allow it.
     """
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(f".{path.name}.tmp")  # hidden from whoever reads the folder as a whole
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:

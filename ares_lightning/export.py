@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ares_lightning.attacks import parse_budget
 from ares_lightning.build import build_classifier
-from ares_lightning.evaluation.run import model_fingerprint
+from ares_lightning.evaluation.fingerprints import model_fingerprint
 from ares_lightning.models import Classifier, load_network, read_checkpoint
 from ares_lightning.models.checkpoints import find_checkpoint
 from ares_lightning.models.classifier import ARCHITECTURES

@@ -33,8 +33,8 @@ from ares_lightning.build import (
     average_over_draws,
     build_classifier,
     build_data,
-    build_device,
     build_evaluation,
+    build_fabric,
     build_module,
     build_trainer,
     check_keys,
@@ -43,11 +43,10 @@ from ares_lightning.build import (
     rehearse,
     take_weights,
 )
-from ares_lightning.data import VARIANTS, ImageError, RobustDataModule
-from ares_lightning.evaluation.curves import Curve
-from ares_lightning.evaluation.report import write_report
-from ares_lightning.evaluation.run import Evaluation, model_fingerprint
-from ares_lightning.evaluation.verdicts import Ledger
+from ares_lightning.data import VARIANTS, ImageError
+from ares_lightning.evaluating import EvaluatorFailedError, run_evaluation
+from ares_lightning.evaluation.run import Evaluation
+from ares_lightning.evaluation.workers import Workers
 from ares_lightning.models import ZOO, CheckpointError, Classifier, load_network, read_checkpoint
 from ares_lightning.models.checkpoints import find_checkpoint
 from ares_lightning.models.weights import trained_weights
@@ -118,26 +117,26 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         if taken:
             print(taken)
         write_config(cfg, run_dir)
-    goes_on = f"resume=last run_dir={run_dir} goes on"
+    goes_on, outcome = f"resume=last run_dir={run_dir} goes on", None
     try:
         with inherited(RUN_ID=run_dir.name):
             trainer.fit(module, datamodule=data, ckpt_path=start.path, weights_only=True)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # nobody waits while rank 0 evaluates
-        if not trainer.is_global_zero:
-            return metrics
         files = (run_dir / "checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
-        judged = next((file for file in files if file.exists()), None)  # the last where nothing was validated
+        workers = Workers.current()
+        judged = workers.share(next((file for file in files if file.exists()), None))  # the last if never validated
         if judged is not None:
             load_network(net, trained_weights(read_checkpoint(judged), judged, cfg.weights), judged)
         if evaluation.evaluators:
-            metrics |= _evaluate(evaluation, data, net, run_dir, module.device)
+            outcome = run_evaluation(evaluation, data, net, run_dir, module.device, workers)
+            metrics |= outcome.metrics
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into SystemExit
+        _end_other_processes(trainer)
         if isinstance(error, SystemExit) and not trainer.interrupted:
             raise
         raise KeyboardInterrupt(f"{goes_on} from the last checkpoint") from error
     except Stopped as stopped:
+        _end_other_processes(trainer)
         line = f"stopped by {stopped.name} at step {trainer.global_step}; {goes_on}"
         if trainer.is_global_zero and cfg.launch.requeue and stopped.signum in REQUEUE_SIGNALS:
             line = f"{line}\n{requeue()}"
@@ -171,6 +170,8 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         logger.finalize("success")
     if wandb.run is not None:
         wandb.finish()  # the next job of a sweep is a run of its own
+    if outcome is not None:
+        outcome.check()
     return metrics
 
 
@@ -200,18 +201,25 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
         check_keys(cfg)
         average_over_draws(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
-        device = build_device(cfg.device)
+        fabric = build_fabric(cfg)
         data = build_data(cfg, training=False)
         net = build_classifier(cfg, data.num_classes)
         evaluation = build_evaluation(cfg, data)
         if path is None:
-            _take_published(cfg, net)
+            taken = _take_published(cfg, net)
+            if is_main_process():
+                print(taken)
         else:
             load_network(net, trained_weights(checkpoint, path, cfg.weights), path)
         run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / str(cfg.name) / evaluation.fingerprint(net))
-        _check_evaluation_folder(run_dir, net)
-    write_config(cfg, run_dir)
-    return _evaluate(evaluation, data, net, run_dir, device)
+        if is_main_process():
+            _check_evaluation_folder(evaluation, net, run_dir)
+    if is_main_process():
+        write_config(cfg, run_dir)
+    fabric.launch()
+    outcome = run_evaluation(evaluation, data, net, run_dir, fabric.device, Workers.current())
+    outcome.check()
+    return outcome.metrics
 
 
 def _take_over(cfg: DictConfig, config: Any, overrides: tuple[str, ...]) -> None:
@@ -225,51 +233,15 @@ def _take_over(cfg: DictConfig, config: Any, overrides: tuple[str, ...]) -> None
     _adopt(cfg, OmegaConf.create({key: saved[key] for key in ("model", "data", "threat")}), overrides)
 
 
-def _take_published(cfg: DictConfig, net: Classifier) -> None:
+def _take_published(cfg: DictConfig, net: Classifier) -> str:
+    """Load the weights that the model names; return one line on them. Raises ConfigError where it names none."""
     taken = take_weights(cfg, net)
     if taken is None:
         raise ConfigError(
             "ckpt=null: expected a checkpoint or a run folder, such as ckpt=runs/<name>/<run id>, or a model with "
             "weights: model=zoo/<key>, model.weights=<file>"
         )
-    print(taken)
-
-
-def _evaluate(
-    evaluation: Evaluation, data: RobustDataModule, net: torch.nn.Module, run_dir: Path, device: torch.device
-) -> Metrics:
-    covered, classes = len(set(evaluation.dataset.labels.tolist())), len(evaluation.dataset.classes)
-    if evaluation.subset and covered < classes:
-        print(f"subset={evaluation.subset}: holds {covered} of {classes} classes; random:n@seed draws from all")
-    if evaluation.not_found:
-        print(f"not found: {', '.join(evaluation.not_found)}")
-    try:
-        summary = evaluation.run(net, run_dir, device)
-    except ImageError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    evaluation.write_about(run_dir, data.skipped)
-    if data.skipped:
-        print(f"skipped: {len(data.skipped)} images that cannot be used, listed in {run_dir / 'about.json'}")
-    report = write_report([run_dir], run_dir / "report.html")
-    curves = {evaluator.name for evaluator in evaluation.evaluators if isinstance(evaluator, Curve)}
-    of_sets = {evaluator.name for evaluator in evaluation.evaluators if evaluator.own_sets}
-    metrics = {}
-    for row in summary:
-        is_cell = row["evaluator"] in of_sets and row["set"].count("/") == 2
-        if row["evaluator"] in curves or is_cell:
-            continue
-        eps = "any budget" if row["eps"] is None else f"{row['eps']:.4g}"
-        budget = "" if row["norm"] is None else f" ({row['norm']} {eps})"
-        name = f"{row['evaluator']}/{row['set']}" if row["evaluator"] in of_sets else row["evaluator"]
-        print(
-            f"{name:>12}: {row['metric'].replace('_', ' ')}{budget} {row['value']:.1%} "
-            f"[{row['low']:.1%}, {row['high']:.1%}], n = {row['n']}"
-        )
-        metrics[f"{name}/{row['metric']}"] = row["value"]
-    print(f"report: {report}")
-    return metrics
+    return taken
 
 
 def train_main() -> None:
@@ -293,7 +265,14 @@ def _main(config_name: str, work: Callable[[DictConfig, tuple[str, ...]], Metric
         os.environ["HYDRA_FULL_ERROR"] = wanted
         try:
             work(cfg, tuple(HydraConfig.get().overrides.task))
-        except (ConfigError, CheckpointError, ImageError, WriteError, OmegaConfBaseException) as error:
+        except (
+            ConfigError,
+            CheckpointError,
+            ImageError,
+            WriteError,
+            EvaluatorFailedError,
+            OmegaConfBaseException,
+        ) as error:
             if full_error:
                 raise
             _let_go_of_loaders(error)
@@ -342,19 +321,14 @@ def _complaint(error: Exception) -> str:
     return f"error: {line}"
 
 
-def _check_evaluation_folder(run_dir: Path, net: torch.nn.Module) -> None:
-    """Raise ConfigError where an evaluation would overwrite a training, or the evaluation of another model."""
+def _check_evaluation_folder(evaluation: Evaluation, net: torch.nn.Module, run_dir: Path) -> None:
+    """Raise ConfigError where an evaluation would overwrite a training, or meet verdicts of something else."""
     if (run_dir / "checkpoints").exists():
         raise ConfigError(f"run_dir={run_dir}: is the run folder of a training; give another run_dir")
-    own = model_fingerprint(net)
     try:
-        others = set(Ledger(run_dir / "verdicts").read()["model_fingerprint"]) - {own}
+        evaluation.check_ledger(run_dir, net, others=False)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if others:
-        raise ConfigError(
-            f"run_dir={run_dir}: holds verdicts of model {others.pop()}, this one is {own}; give another run_dir"
-        )
 
 
 @contextmanager

@@ -7,7 +7,7 @@
 Contenders take turns in every repetition, in alternating order; "times" is the median, over the repetitions, of a
 contender's time to that of the first, which is ours. Whoever is not installed is left out, with a word.
 Every adversarial image is judged once more by the same float32 forward of the network as given; it counts within
-the budget (+ 1e-6 for rounding), and misclassified clean images count as broken.
+the budget (+ 1e-6 for rounding), and misclassified clean images count as broken. On CUDA TF32 is off for all.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from provenance import device_name, revision, version
 from subjects import Subject, make_subject
 from torch import Tensor, nn
 
+from ares_lightning.attacks.guard import full_precision
 from ares_lightning.attacks.threat import BALLS, parse_budget
 
 SLACK = 1e-6
@@ -192,7 +193,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     counter = PassCounter(subject.network, subject.evaluated)
     for name in options.attacks:
         contest = CONTESTS[name]
-        rows = measure(contest, _installed(contest.contenders), subject, counter, options.repeats)
+        with full_precision(device):
+            rows = measure(contest, _installed(contest.contenders), subject, counter, options.repeats)
         report["contests"].append({"name": name, "setting": contest.setting, "norm": contest.norm, "rows": rows})
         report["contests"][-1]["budgets"] = [multiple * subject.eps for multiple in contest.budgets]
         _print(name, contest, rows)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from networks import SmallNet, predicted
+from torch import Tensor, nn
 
-from ares_lightning.attacks import Attack, list_attacks, make_attack
+from ares_lightning.attacks import Attack, Outcome, list_attacks, make_attack
 from ares_lightning.attacks.autoattack import AutoAttack
 from ares_lightning.attacks.generator import ResNetGenerator
 from ares_lightning.attacks.threat import BALLS
@@ -20,6 +21,8 @@ ROWS = {row.name: row for row in list_attacks()}
 CASES = [(row.name, norm) for row in ROWS.values() for norm in row.norms]
 COLUMNS = ("images", "broken", "distance", "forwards", "backwards", "clean_prediction", "adversarial_prediction")
 TARGETED_ONLY = {"tta"}
+WEAK = {"noise", "cda", "tta"}
+"""Attacks of which nothing can be expected in these tests: noise, an untrained generator, a hard task."""
 EPS = {"linf": 0.1, "l2": 0.6, "l1": 3.0}
 
 CHEAP: dict[str, dict[str, Any]] = {
@@ -166,6 +169,35 @@ def check_outcome(
         assert torch.equal(outcome.images[misclassified], images[misclassified])
         assert outcome.forwards[misclassified] == outcome.backwards[misclassified] == 0
         assert outcome.distance[misclassified] == 0
+
+
+def call(attack: Attack, net: nn.Module, images: Tensor, labels: Tensor, **arguments: Any) -> Outcome:
+    """Call an attack, with targets where it knows no other way."""
+    if attack.name in TARGETED_ONLY:
+        arguments["targets"] = (labels + 1) % 10
+    return attack(net, images, labels, **arguments)
+
+
+def check_cuts(case: tuple[str, str], sizes: tuple[int, ...], device: str = "cpu") -> None:
+    """Hold every column of an outcome, in float64, to that of the same samples shuffled and cut into batches."""
+    name, norm = case
+    generator = torch.Generator().manual_seed(3)
+    images = torch.rand(23, 3, 6, 5, generator=generator, dtype=torch.float64).to(device)
+    net = SmallNet().to(device, torch.float64)
+    labels = predicted(net, images)
+    attack = cheap(name, norm=norm, eps=EPS[norm] / 4)
+    ids = torch.arange(100, 123)
+    whole = call(attack, net, images, labels, sample_ids=ids, seed=4)
+    assert 0 < whole.broken.sum() < 23 or name in WEAK
+    order = torch.randperm(23, generator=generator)
+    for size in sizes:
+        parts = [
+            call(attack, net, images[part], labels[part], sample_ids=ids[part], seed=4, batch_size=4)
+            for part in order.split(size)
+        ]
+        for column in COLUMNS:
+            joined = torch.cat([getattr(part, column) for part in parts])[order.argsort()]
+            torch.testing.assert_close(joined, getattr(whole, column), rtol=0, atol=1e-12)
 
 
 def check_defaults(name: str) -> None:

@@ -90,7 +90,7 @@ def _take(log: WandbLog, record: Record) -> None:
     elif kind == "artifact" and record.artifact.type != "run_table":
         artifact = record.artifact
         files = {each.path: Path(each.local_path) for each in artifact.manifest.contents}
-        log.artifacts.append((artifact.type, artifact.name, sorted(files), list(artifact.aliases)))
+        log.artifacts.append((artifact.type, artifact.name, sorted(files), sorted(artifact.aliases)))
         log.stored |= files
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ares_lightning.attacks.guard import full_precision
 from ares_lightning.models import ZOO, Classifier, make_classifier
 from ares_lightning.models.zoo import NORMALISATIONS
 
@@ -72,9 +73,9 @@ class Counting(nn.Module):
 
 
 def predicted(net: nn.Module, images: Tensor) -> Tensor:
-    """The classes that `net` predicts in eval mode."""
+    """The classes that `net` predicts in eval mode, at the images' precision."""
     was_training = net.training
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(images.device):
         labels = net.eval()(images).argmax(1)
     net.train(was_training)
     return labels

@@ -29,7 +29,8 @@ def environment(**variables: str) -> dict[str, str]:
     """That of the test without what a launcher may have put there."""
     launchers = ("SLURM_", "TORCHELASTIC_", "RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "NODE_RANK")
     own = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
+    paths = os.pathsep.join([str(ROOT), *filter(None, [own.get("PYTHONPATH")])])
+    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | variables
 
 
 def start(

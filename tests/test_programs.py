@@ -20,9 +20,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
-from processes import ROOT, assert_one_line, last_weights, run, wandb_records
+from processes import ROOT, assert_one_line, last_weights, run
 from sklearn.datasets import load_digits
-from wandb.proto.wandb_internal_pb2 import Record
 
 from ares_lightning import build
 from ares_lightning.data import VARIANTS
@@ -92,9 +91,10 @@ def test_evaluating_the_checkpoint_gives_the_numbers_of_the_training(trained, tm
     done = run("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "summary.json").read_text() == (trained / "summary.json").read_text()
+    parts = sorted((tmp_path / "verdicts").iterdir())
     again = run("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path}")
     assert again.returncode == 0
-    assert len(list((tmp_path / "verdicts").iterdir())) == 4, "nothing is asked twice"
+    assert sorted((tmp_path / "verdicts").iterdir()) == parts, "nothing is asked twice"
 
 
 def test_an_interrupted_training_keeps_its_checkpoint_and_goes_on(trained, tmp_path):
@@ -131,18 +131,6 @@ def test_two_processes_train_and_evaluate(tmp_path):
     assert done.returncode == 0, done.stderr
     assert accuracy(tmp_path, "clean") >= 0
     assert list((tmp_path / "tensorboard").glob("events*"))
-
-
-def test_wandb_works_offline_and_can_be_read_back(tmp_path):
-    done = run("train.py", f"run_dir={tmp_path}", *QUICK, "logger=wandb", "logger.offline=true", "eval=[clean]")
-    assert done.returncode == 0, done.stderr
-    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    keys = set()
-    for data in wandb_records(log.read_bytes()):
-        record = Record()
-        record.ParseFromString(data)
-        keys |= {item.key or "/".join(item.nested_key) for item in record.history.item}
-    assert {"val/robust_acc", "val/clean_acc", "train/loss"} <= keys
 
 
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
@@ -404,7 +392,8 @@ def test_the_wheel_carries_the_configs_and_the_page(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {f"ares_lightning/conf/{path.relative_to(CONFIG_DIR)}" for path in CONFIG_DIR.rglob("*.yaml")}
     assert len(shipped) > 30
-    beside_code = {"evaluation/page.html", "models/zoo.csv", "py.typed"}
+    templates = {f"evaluation/report/templates/{name}" for name in ("report.html", "page.css", "page.js")}
+    beside_code = templates | {"models/zoo.csv", "py.typed"}
     assert shipped | {f"ares_lightning/{name}" for name in beside_code} <= names
 
 

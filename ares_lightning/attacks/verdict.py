@@ -81,6 +81,14 @@ class Case:
         return Search(model, *samples, ball, self.ids, self.seed, feedback, self.passes, logits)
 
 
+class NonFiniteLogitsError(ValueError):
+    """A model gives logits that are not finite for some clean images, those of `sample_ids`."""
+
+    def __init__(self, sample_ids: Sequence[int], message: str) -> None:
+        super().__init__(message)
+        self.sample_ids = sample_ids
+
+
 def predict_clean(model: Model, case: Case, wants_logits: bool) -> tuple[Tensor, Tensor]:
     """Return logits [N, classes] and predicted classes [N], after a look at whether they are logits at all."""
     images = case.images
@@ -92,9 +100,10 @@ def predict_clean(model: Model, case: Case, wants_logits: bool) -> tuple[Tensor,
     strange = (~logits.isfinite().all(1)).nonzero().squeeze(1).tolist()
     if strange:
         names = ", ".join(str(case.ids[i]) for i in strange[:MAX_NAMED]) + " …" * (len(strange) > MAX_NAMED)
-        raise ValueError(
+        raise NonFiniteLogitsError(
+            [case.ids[i] for i in strange],
             f"the model gives logits that are not finite for {len(strange)} of {len(images)} clean images, "
-            f"sample_ids {names}; mend the model, or leave these samples out"
+            f"sample_ids {names}; mend the model, or leave these samples out",
         )
     sums = logits.double().sum(1)
     if wants_logits and bool((logits >= 0).all() & ((sums - 1).abs() < PROBABILITY_SLACK).all()):

@@ -2,7 +2,8 @@
 
 from ares_lightning.build.config import ConfigError, check_keys
 from ares_lightning.build.data import build_data
-from ares_lightning.build.evaluation import build_device, build_evaluation, build_evaluators, build_threat
+from ares_lightning.build.devices import build_fabric
+from ares_lightning.build.evaluation import build_evaluation, build_evaluators, build_threat
 from ares_lightning.build.loggers import end_loggers, prepare_logger, start_loggers
 from ares_lightning.build.model import average_over_draws, build_classifier, take_weights
 from ares_lightning.build.objective import build_objective
@@ -14,9 +15,9 @@ __all__ = [
     "average_over_draws",
     "build_classifier",
     "build_data",
-    "build_device",
     "build_evaluation",
     "build_evaluators",
+    "build_fabric",
     "build_module",
     "build_objective",
     "build_threat",

@@ -53,7 +53,7 @@ _GROUPS = (
 )
 _SINGLE_KEYS = (
     *("threat", "name", "seed", "run_dir", "ckpt", "resume"),
-    *("weights", "subset", "precision", "compile", "device"),
+    *("weights", "subset", "precision", "compile", "verdicts"),
 )
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from ares_lightning.attacks import Attack, Threat, make_attack, parse_budget
 from ares_lightning.attacks.autoattack import RANDOM_DRAWS
 from ares_lightning.attacks.threat import BALLS
-from ares_lightning.build.config import ConfigError, one_line, plain, section
+from ares_lightning.build.config import ConfigError, plain, section
 from ares_lightning.build.model import is_random
 from ares_lightning.data import (
     ImageSet,
@@ -48,9 +48,18 @@ def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
             seed=cfg.seed,
             compile=cfg.compile,
             eot=RANDOM_DRAWS if is_random(cfg) else 1,
+            save_images=_save_images(cfg),
+            raises=os.environ.get("HYDRA_FULL_ERROR") == "1",
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _save_images(cfg: DictConfig) -> bool:
+    wanted = cfg.verdicts.save_images
+    if type(wanted) is not bool:
+        raise ConfigError(f"verdicts.save_images={wanted}: expected true or false")
+    return wanted
 
 
 def build_evaluators(cfg: DictConfig, data: RobustDataModule, dataset: ImageSet) -> Sequence[Evaluator]:
@@ -95,15 +104,3 @@ _EVALUATORS: dict[str, Callable[..., Evaluator]] = {
 def _attack(key: str, settings: dict[str, Any]) -> Attack:
     with section(key):
         return make_attack(**settings)
-
-
-def build_device(name: str) -> torch.device:
-    """Return the device called `auto`, `cpu`, `cuda` or `cuda:<i>`."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name}: {one_line(error)}; expected auto, cpu, cuda or cuda:<i>") from error
-    return device

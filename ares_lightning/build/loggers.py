@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from omegaconf import DictConfig, OmegaConf, open_dict
 from wandb.errors import Error as WandbError
 
-from ares_lightning.build.config import ConfigError, one_line, plain
+from ares_lightning.build.config import ConfigError, one_line, plain, section
 from ares_lightning.evaluation.dashboards import declare_metrics
 
 _OWN_KEYS = ("name", "offline", "artifacts")
@@ -68,16 +68,20 @@ def _start_wandb(cfg: DictConfig, run_dir: Path) -> WandbLogger:
     own.mkdir(exist_ok=True)
     os.environ |= {"WANDB_DATA_DIR": str(own), "WANDB_CACHE_DIR": str(own)}  # of artifacts: else in the home
     try:
-        run = wandb.init(
-            dir=run_dir,
-            name=cfg.name,
-            job_type="train" if "optim" in cfg else "evaluate",
-            config=plain(cfg),
-            resume="allow",
-            mode="offline" if cfg.logger.offline else None,
-            **settings,
-        )
+        with section("logger"):
+            run = wandb.init(
+                dir=run_dir,
+                name=cfg.name,
+                job_type="train" if "optim" in cfg else "evaluate",
+                config=plain(cfg),
+                resume="allow",
+                mode="offline" if cfg.logger.offline else None,
+                **settings,
+            )
     except WandbError as error:
-        raise ConfigError(f"logger=wandb: {one_line(error)}; `wandb login`, or logger.offline=true") from error
+        remedy = "logger.offline=true needs neither account nor network"
+        raise ConfigError(f"logger=wandb: {one_line(error)}; {remedy}") from error
+    except ConfigError as error:
+        raise ConfigError(one_line(error)) from error
     declare_metrics(run)
     return WandbLogger(save_dir=run_dir, project=cfg.logger.project, experiment=run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +165,11 @@ class RobustDataModule(L.LightningDataModule):
         """Load this rank's share of the test set, each sample on one rank only."""
         return self._loader(self.test_set, self._sampler(self.test_set, shuffle=False), self.eval_batch_size)
 
-    def evaluation_loader(
-        self, dataset: ImageSet, *, skip: Collection[int] = (), batch_size: int | None = None
-    ) -> ImageLoader:
-        """Load all of `dataset` on this process, in canonical order, without the sample ids in `skip`."""
-        done = set(skip)
-        positions = [i for i, sample_id in enumerate(dataset.sample_ids.tolist()) if sample_id not in done]
-        return self._loader(dataset, positions, batch_size or self.eval_batch_size)
+    def evaluation_loader(self, dataset: ImageSet, *, batch_size: int | None = None) -> ImageLoader:
+        """Load all of `dataset` on this process, in its order; a single batch takes no other process."""
+        batch_size = batch_size or self.eval_batch_size
+        num_workers = self.num_workers if len(dataset) > batch_size else 0
+        return self._loader(dataset, range(len(dataset)), batch_size, num_workers=num_workers)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move images and labels; sample ids stay on the CPU, where attacks key their noise by them."""
@@ -184,12 +182,14 @@ class RobustDataModule(L.LightningDataModule):
             len(dataset), shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size, **settings
         )
 
-    def _loader(self, dataset: ImageSet, sampler: Any, batch_size: int, replays: int = 1) -> ImageLoader:
+    def _loader(
+        self, dataset: ImageSet, sampler: Any, batch_size: int, replays: int = 1, num_workers: int | None = None
+    ) -> ImageLoader:
         return ImageLoader(
             dataset,
             batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=self.num_workers if num_workers is None else num_workers,
             replays=replays,
             skipped=self.skipped,
         )

@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from ares_lightning.attacks import Attack, Outcome, make_attack, parse_budget
 from ares_lightning.attacks.attack import check_count
+from ares_lightning.attacks.autoattack import AutoAttack
 from ares_lightning.attacks.passes import Passes
-from ares_lightning.evaluation.evaluators import Evaluator, Verdicts, clean_outcome, with_found
+from ares_lightning.evaluation.evaluators import (
+    Evaluator,
+    Stage,
+    Verdicts,
+    clean_outcome,
+    take_outcome,
+    with_found,
+)
 
 CURVE_MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Budgets of a robustness curve where none are given: multiples of the threat model's budget."""
@@ -30,8 +38,8 @@ class Curve(Evaluator):
 
     attack: what is run, whatever its own budget. eps: rising grid of budgets, units of the [0, 1] scale.
 
-    An adversarial example counts at every budget that it lies within, so that no curve rises. Passes stand in the
-    row of the budget that they were spent on, those spent on no single one in that of the largest.
+    An adversarial example counts at every larger budget, too, so that no curve rises. Passes stand in the row of
+    the budget that they were spent on, those spent on no single one in that of the largest.
     """
 
     attack: Attack = field(repr=False)
@@ -47,6 +55,108 @@ class Curve(Evaluator):
             raise ValueError(f"eps={list(self.eps)}: expected a rising list of budgets")
         if self.attack.needs_targets:
             raise ValueError(f"attack={self.attack.name}: knows a targeted form only, and a curve has no targets")
+
+
+@dataclass(frozen=True)
+class ExactCurve(Curve):
+    """Every budget is fully attacked, from the smallest up, on the samples that no smaller one has broken.
+
+    At least as strong as independent runs at each budget; costs one full attack for each budget withstood.
+    """
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The clean images, then each budget; for AutoAttack, each of its members at each."""
+        attacks = self.attack.members if isinstance(self.attack, AutoAttack) else (self.attack,)
+        places = range(len(self.eps))
+        return [_CleanStage(self), *(_BudgetStage(self, k, attack) for k in places for attack in attacks)]
+
+    def verdicts(
+        self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
+    ) -> Iterator[Verdicts]:
+        """Yield budget 0 (the clean images) and then each budget of the grid, once all stages are through."""
+        left = torch.arange(len(labels), device=labels.device)
+        known: dict[float, Outcome] = {}
+        for stage in self.stages:
+            ids = sample_ids[left.to(sample_ids.device)]
+            answers = list(stage.verdicts(net, images[left], labels[left], ids, seed, passes))
+            known = known or dict.fromkeys((0.0, *self.eps), answers[0].outcome)
+            for answer in answers:
+                places = left if answer.places is None else left[answer.places]
+                known[answer.eps] = _taken_in(known[answer.eps], places, answer.outcome)
+            left = left[~answers[0].outcome.broken]
+        for eps, outcome in known.items():
+            yield Verdicts(self.attack.name, self.attack.norm, eps, outcome)
+
+
+def _taken_in(known: Outcome, places: Tensor, found: Outcome) -> Outcome:
+    """Return `known` with its samples at `places` replaced by those found, whose passes are added."""
+    spent = {name: getattr(known, name)[places] + getattr(found, name) for name in ("forwards", "backwards")}
+    return with_found(known, places, replace(found, **spent), torch.arange(len(places), device=places.device))
+
+
+@dataclass(frozen=True)
+class _CleanStage(Stage):
+    """The clean images, as budget 0."""
+
+    curve: ExactCurve
+
+    @property
+    def key(self) -> tuple[str, float]:
+        return self.curve.attack.name, 0.0
+
+    def verdicts(
+        self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
+    ) -> Iterator[Verdicts]:
+        attack = self.curve.attack
+        clean = clean_outcome(net, images, labels, sample_ids, seed, replace(passes, eot=attack.eot))
+        yield Verdicts(attack.name, attack.norm, 0.0, clean)
+        yield from _inherited(attack, clean, self.curve.eps)
+
+
+@dataclass(frozen=True)
+class _BudgetStage(Stage):
+    """An attack at one budget of the grid."""
+
+    curve: ExactCurve
+    place: int
+    attack: Attack
+
+    @property
+    def key(self) -> tuple[str, float]:
+        return self.attack.name, self.curve.eps[self.place]
+
+    def verdicts(
+        self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
+    ) -> Iterator[Verdicts]:
+        eps = self.curve.eps[self.place]
+        outcome = self.attack(
+            net,
+            images,
+            labels,
+            sample_ids=sample_ids,
+            seed=seed,
+            eps=[eps] * len(labels),
+            batch_size=passes.batch_size,
+            precision=passes.precision,
+            search_on=passes.search_on,
+        )
+        yield Verdicts(self.attack.name, self.attack.norm, eps, outcome)
+        yield from _inherited(self.attack, outcome, self.curve.eps[self.place + 1 :])
+
+
+def _inherited(attack: Attack, outcome: Outcome, budgets: Sequence[float]) -> Iterator[Verdicts]:
+    """Yield the verdicts at larger budgets on the samples that are broken, which cost nothing."""
+    places = outcome.broken.nonzero().squeeze(1)
+    free = torch.zeros_like(outcome.forwards)
+    found = take_outcome(replace(outcome, forwards=free, backwards=free), places)
+    for eps in budgets:
+        yield Verdicts(attack.name, attack.norm, eps, found, places=places)
+
+
+@dataclass(frozen=True)
+class _SearchedCurve(Curve):
+    """What is known of a sample is the smallest budget found to break it."""
 
     def verdicts(
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
@@ -71,19 +181,7 @@ class Curve(Evaluator):
 
 
 @dataclass(frozen=True)
-class ExactCurve(Curve):
-    """Every budget is fully attacked, from the smallest up, on the samples that no smaller one has broken.
-
-    At least as strong as independent runs at each budget; costs one full attack for each budget withstood.
-    """
-
-    def _search(self, bounds: _Bounds) -> None:
-        for k, eps in enumerate(self.eps):
-            bounds.attack_at(bounds.radius > eps, torch.full_like(bounds.radius, eps), k)
-
-
-@dataclass(frozen=True)
-class BracketedCurve(Curve):
+class BracketedCurve(_SearchedCurve):
     """A minimum-distance attack (FMN) bounds the budget that breaks a sample from above; then the attack tries the
     next smaller budget of the grid, again while it succeeds. What it fails at counts as withstood below, too.
 
@@ -107,7 +205,7 @@ class BracketedCurve(Curve):
 
 
 @dataclass(frozen=True)
-class BisectedCurve(Curve):
+class BisectedCurve(_SearchedCurve):
     """The protocol of ARES-Bench (arXiv 2302.14301, its published code): for every sample, double a budget until
     the attack succeeds, then bisect between the largest that failed and the smallest known to break it.
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from ares_lightning.attacks import Attack, Outcome
+from ares_lightning.attacks.autoattack import AutoAttack
 from ares_lightning.attacks.guard import full_precision, guarded
 from ares_lightning.attacks.noise import sample_noise
 from ares_lightning.attacks.passes import Passes, predict
 from ares_lightning.data import ImageSet
+from ares_lightning.evaluation.corruption_error import corruption_rows
 
 TARGETS = ("random", "least_likely")
 
@@ -26,7 +29,11 @@ TARGETS = ("random", "least_likely")
 class Verdicts:
     """The outcome of one attack at one budget on one batch; no attack (`norm` None) means the clean images.
 
-    targets: int64 [N], the classes that a targeted attack aimed at.
+    outcome: of n samples; places: int64 [n], which of the batch they are, None where all.
+    targets: int64 [n], the classes that a targeted attack aimed at.
+    of_set: the name of the set, where the evaluator itself has made another of the images.
+    model_fingerprint: of the model that is judged, where it is not the evaluation's own.
+    source_fingerprint: of the model on which the images were crafted without feedback of the one that is judged.
     """
 
     attack: str
@@ -34,15 +41,42 @@ class Verdicts:
     eps: float
     outcome: Outcome
     targets: Tensor | None = None
+    places: Tensor | None = None
+    of_set: str | None = None
+    model_fingerprint: str | None = None
+    source_fingerprint: str | None = None
+
+
+class Stage(ABC):
+    """A part of a question, which is put to the samples that no part before it has broken."""
+
+    @property
+    def key(self) -> tuple[str, float] | None:
+        """Attack and budget of a row that every sample gets in this part, None where any row shows it is done."""
+        return None
+
+    @abstractmethod
+    def verdicts(
+        self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
+    ) -> Iterator[Verdicts]:
+        """Yield verdicts on images [N, C, H, W] in [0, 1], labels and sample_ids int64 [N].
+
+        passes: how the network is called; hand in many of its batches at once, for survivors are repacked.
+        """
 
 
 @dataclass(frozen=True)
-class Evaluator(ABC):
+class Evaluator(Stage):
     """A named question; `name` stands in every row that it yields."""
 
     name: str
-    subset: str | None = field(default=None, kw_only=True)
+    subset: str | None = field(default=None, kw_only=True, repr=False)
     """How the images of `own_sets` were chosen, for the record."""
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The parts of the question, one after the other; between them survivors are dealt out anew."""
+        return (self,)
 
     def fingerprint(self, seed: int, precision: str) -> str:
         """Return a hash of everything that decides this evaluator's verdicts on a given model and sample."""
@@ -63,6 +97,11 @@ class Evaluator(ABC):
         """The sets that are asked about instead of the evaluation's, none where it is that."""
         return ()
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Names of other models that are judged or crafted on, by their fingerprints."""
+        return {}
+
     def check(self, dataset: ImageSet) -> None:
         """Raise ValueError for a set that the question cannot be asked about, before any sample is."""
         if dataset.has_several_labels:
@@ -71,14 +110,9 @@ class Evaluator(ABC):
                 "accuracy only"
             )
 
-    @abstractmethod
-    def verdicts(
-        self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
-    ) -> Iterator[Verdicts]:
-        """Yield verdicts on images [N, C, H, W] in [0, 1], labels and sample_ids int64 [N].
-
-        passes: how the network is called; hand in many of its batches at once, for survivors are repacked.
-        """
+    def further_rows(self, verdicts: pd.DataFrame) -> list[dict[str, Any]]:
+        """Return the summary rows, besides an accuracy at each set and budget, that follow from its `verdicts`."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -105,6 +139,10 @@ class SetsEvaluator(CleanEvaluator):
 
     sets: tuple[ImageSet, ...] = field(repr=False, compare=False)
     not_found: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    def further_rows(self, verdicts: pd.DataFrame) -> list[dict[str, Any]]:
+        """Return the means over the corruptions of each set of them."""
+        return corruption_rows(self.name, verdicts, self.subset)
 
     @property
     def own_sets(self) -> tuple[ImageSet, ...]:
@@ -176,6 +214,18 @@ class AttackEvaluator(Evaluator):
         """The fingerprint of the attack."""
         return self.attack.fingerprint
 
+    @property
+    def key(self) -> tuple[str, float]:
+        """The attack and its budget."""
+        return self.attack.name, self.attack.threat.eps
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The members of AutoAttack, one after the other, else the attack as a whole."""
+        if not isinstance(self.attack, AutoAttack):
+            return (self,)
+        return [replace(self, attack=member) for member in self.attack.members]
+
     def _identity(self) -> str:
         """Return what, besides the attack, tells the evaluator from others; of a file the content counts."""
         return repr(self) if self.given is None else f"{self.name} {self.given.digest}"
@@ -246,6 +296,11 @@ def _predict_clean(
 def _unattacked(images: Tensor, labels: Tensor, prediction: Tensor) -> Outcome:
     zeros = torch.zeros_like(labels)
     return Outcome(images, prediction != labels, zeros.double(), zeros, zeros, prediction, prediction)
+
+
+def take_outcome(outcome: Outcome, rows: Tensor) -> Outcome:
+    """Return the outcome of some of the samples."""
+    return Outcome(**{name: getattr(outcome, name)[rows] for name in Outcome.__dataclass_fields__})
 
 
 def with_found(known: Outcome, place: Tensor, found: Outcome, rows: Tensor) -> Outcome:

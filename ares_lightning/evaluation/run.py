@@ -4,35 +4,52 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
+from ares_lightning.atomic import replacing
 from ares_lightning.attacks import Threat
-from ares_lightning.attacks.passes import Passes
-from ares_lightning.data import Batch, ImageError, ImageSet, subset_hash
-from ares_lightning.data.datasets import Unreadable
-from ares_lightning.evaluation.corruption_error import corruption_rows
-from ares_lightning.evaluation.evaluators import Evaluator, SetsEvaluator, Verdicts
-from ares_lightning.evaluation.metrics import summarise
-from ares_lightning.evaluation.verdicts import Ledger
-from ares_lightning.models import ClassAnswers
+from ares_lightning.data import Batch, ImageSet
+from ares_lightning.evaluation.about import about_evaluators, about_run, about_sets
+from ares_lightning.evaluation.asking import PRECISIONS, Asking, Question
+from ares_lightning.evaluation.evaluators import Evaluator, SetsEvaluator
+from ares_lightning.evaluation.examples import write_examples
+from ares_lightning.evaluation.fingerprints import model_fingerprint, set_fingerprint, source_fingerprint
+from ares_lightning.evaluation.progress import EvaluationProgress
+from ares_lightning.evaluation.summary import summarise
+from ares_lightning.evaluation.verdicts import SCHEMA, Ledger
+from ares_lightning.evaluation.workers import Workers
 from ares_lightning.models.folding import fold_batchnorm
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-"""The type of images, weights and verdicts; bf16 is that of the passes in which an attack searches."""
-NUM_PACKED = 4
-"""Batches handed to an attack at once, to repack survivors among them; an interruption costs as many."""
-NUM_EXAMPLES = 8
+
+@dataclass(frozen=True)
+class Failure:
+    """A question that an evaluator could not answer, and in one line why."""
+
+    evaluator: str
+    set: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation has found out: rows of summary.json, questions that failed, the verdict rows.
+
+    skipped: why images could not be used, by sample name.
+    """
+
+    summary: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+    verdicts: pa.Table = field(default_factory=SCHEMA.empty_table)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +58,11 @@ class Evaluation:
 
     evaluators: asked in this order; threat: the threat model of the headline; precision: `fp32` or `fp64`, or
     `bf16` for searches under bf16 autocast with verdicts in fp32; seed: of all noise; dataset: the images; subset:
-    how they were chosen from their set, for the record; loader: makes batches of them in canonical order,
-    `loader(dataset, skip=<sample ids>, batch_size=<images>)`; batch_size: images in one pass of the network;
-    compile: by torch.compile, which takes a while and pays off in long evaluations; eot: draws of a randomised
-    model in a clean prediction, attacks have their own.
+    how they were chosen from their set, for the record; loader: makes batches of a set in canonical order,
+    `loader(dataset, batch_size=<images>)`; batch_size: images in one pass of the network; compile: by
+    torch.compile, which takes a while and pays off in long evaluations; eot: draws of a randomised model in a clean
+    prediction, attacks have their own; save_images: keep adversarial images; raises: what fails in an evaluator is
+    raised at once.
     """
 
     evaluators: Sequence[Evaluator]
@@ -57,6 +75,8 @@ class Evaluation:
     seed: int = 0
     compile: bool = False
     eot: int = 1
+    save_images: bool = False
+    raises: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -64,16 +84,16 @@ class Evaluation:
 
     def fingerprint(self, net: nn.Module) -> str:
         """Return a hash of the model, the set and every question: equal for the same evaluation."""
-        parts = [self._fingerprint(evaluator, dataset) for evaluator, dataset in self.questions]
-        parts += [str(len(dataset)) for _, dataset in self.questions]
-        parts += [model_fingerprint(net), self._set_fingerprint(), str(self.subset), str(self.threat)]
+        parts = [question.fingerprint for question in self.questions]
+        parts += [f"{len(question.dataset)} {question.evaluator.subset}" for question in self.questions]
+        parts += [model_fingerprint(net), set_fingerprint(self.dataset), str(self.subset), str(self.threat)]
         return hashlib.blake2b(" ".join(parts).encode(), digest_size=6).hexdigest()
 
     @property
-    def questions(self) -> list[tuple[Evaluator, ImageSet]]:
+    def questions(self) -> list[Question]:
         """Every evaluator with every set that it is asked about."""
         return [
-            (evaluator, dataset)
+            Question(evaluator, dataset, self._fingerprint(evaluator, dataset))
             for evaluator in self.evaluators
             for dataset in evaluator.own_sets or (self.dataset,)
         ]
@@ -84,291 +104,176 @@ class Evaluation:
         found = [evaluator.not_found for evaluator in self.evaluators if isinstance(evaluator, SetsEvaluator)]
         return tuple(key for keys in found for key in keys)
 
-    def write_about(self, run_dir: Path, skipped: Mapping[str, str]) -> None:
-        """Write `about.json`: which images were asked about and how they were prepared, and what was left out.
+    @property
+    def models(self) -> dict[str, str]:
+        """Names of the models that are judged or crafted on, by their fingerprints."""
+        names: dict[str, str] = {}
+        for evaluator in self.evaluators:
+            names |= evaluator.models
+        return names
 
-        skipped: why images could not be used, by sample name.
+    def check(self) -> None:
+        """Raise ValueError for a set that an evaluator cannot be asked about."""
+        for question in self.questions:
+            question.evaluator.check(question.dataset)
+
+    def check_ledger(self, run_dir: Path, net: nn.Module, *, others: bool) -> None:
+        """Raise ValueError where the verdicts in `run_dir` are those of other settings than these.
+
+        others: whether those of other models may lie there, as of an earlier stage of the same training.
         """
-        sets = {dataset.name: dataset for _, dataset in self.questions}
-        hashes: dict[int, str] = {}
-        for dataset in sets.values():
-            hashes[id(dataset.source)] = hashes.get(id(dataset.source)) or subset_hash(dataset)
-        about = {
-            "sets": [
-                {
-                    "set": dataset.name,
-                    "n": len(dataset),
-                    "names_hash": hashes[id(dataset.source)],
-                    "preparation": dataset.preparation,
-                }
-                for dataset in sets.values()
-            ],
-            "not_found": list(self.not_found),
-            "skipped": dict(skipped),
-        }
-        write_json(run_dir / "about.json", about)
+        own, ledger = model_fingerprint(net), Ledger(run_dir / "verdicts")
+        for part in ledger.set_aside():
+            print(_set_aside(part))
+        rows = ledger.read()
+        rows = rows.filter(rows["source_fingerprint"].is_null())
+        models = sorted(set(rows["model_fingerprint"].to_pylist()) - {own})
+        if models and not others:
+            raise ValueError(
+                f"run_dir={run_dir}: holds verdicts of model {models[0]}, this one is {own}; give another run_dir"
+            )
+        rows = rows.filter(rows["model_fingerprint"].to_numpy() == own)
+        names = ("evaluator", "set", "evaluator_fingerprint")
+        there = set(zip(*(rows[name].to_pylist() for name in names), strict=True))
+        for question in self.questions:
+            name, of_set, now = question.evaluator.name, question.dataset.name, question.fingerprint
+            before = {print for evaluator, a_set, print in there if (evaluator, a_set) == (name, of_set)} - {now}
+            if before:
+                raise ValueError(
+                    f"run_dir={run_dir}: holds verdicts of eval.{name} on {of_set} under other settings, of "
+                    f"fingerprint {min(before)}, these have {now}; give another run_dir"
+                )
 
-    def _fingerprint(self, evaluator: Evaluator, dataset: ImageSet) -> str:
-        """Return a hash of everything that decides a verdict on a given model and sample."""
-        parts = f"{evaluator.fingerprint(self.seed, self.precision)} {dataset.name} {_source_fingerprint(dataset)}"
-        return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
-
-    def _set_fingerprint(self) -> str:
-        """Return a hash of which images are asked about, and of the first of them as the network sees it."""
-        ids = self.dataset.sample_ids.tolist()
-        names = [self.dataset.sample_name(sample_id) for sample_id in ids]
-        digest = hashlib.blake2b(repr((self.dataset.name, ids, names)).encode(), digest_size=8)
-        digest.update(self.dataset.labels.numpy().tobytes())
-        digest.update(self.dataset.example().numpy().tobytes())
-        return digest.hexdigest()
-
-    def run(self, net: nn.Module, run_dir: Path, device: torch.device) -> list[dict[str, Any]]:
-        """Take the verdicts that `run_dir` does not hold yet, and return the summary rows.
+    def run(
+        self,
+        net: nn.Module,
+        run_dir: Path,
+        device: torch.device,
+        workers: Workers | None = None,
+        skipped: Mapping[str, str] | None = None,
+    ) -> Results:
+        """Take the verdicts that `run_dir` does not hold yet; return what follows from all of them, to the leader.
 
         The network is put into eval mode and gives every verdict; searches run on a copy with its batch norms
         folded into the layers before them where that changes no logit but by rounding. Writes `verdicts/`,
-        `examples.npz` and `summary.json`. A run that was stopped goes on where it was; verdicts of other models, as
-        of an earlier stage of the same training, stay in the table and do not count.
+        `examples.npz`, `about.json` and `summary.json`. A run that was stopped goes on where it was; verdicts of
+        other models, as of an earlier stage of the same training, stay in the table and do not count. An evaluator
+        that fails is told of in the results, and the others go on.
+
+        workers: this process among those that share the work. skipped: why images could not be used, by sample
+        name, as the loaders of this process write it down.
         """
-        for evaluator, dataset in self.questions:
-            evaluator.check(dataset)
+        started, workers = time.time(), workers or Workers()
+        results, asking, answered = self.ask(net, run_dir, device, workers)
+        left_out = {name: why for each in workers.gather(dict(skipped or {})) for name, why in each.items()}
+        if workers.leads:
+            write_examples(run_dir / "examples.npz", asking, answered, self.threat)
+            facts = {
+                "model_fingerprint": asking.model_fingerprint,
+                "fingerprint": self.fingerprint(net),
+                "device": _device_name(device),
+                "world_size": workers.world_size,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+                "seconds": round(time.time() - started, 3),
+            }
+            about = {
+                "run": about_run(net, **facts),
+                "models": {asking.model_fingerprint: None} | self.models,
+                "sets": about_sets(self.questions),
+                "not_found": list(self.not_found),
+                "skipped": left_out,
+                "evaluators": about_evaluators(answered),
+                "failed": [asdict(failure) for failure in results.failed],
+            }
+            write_json(run_dir / "about.json", about)
+            write_json(run_dir / "summary.json", results.summary)
+        workers.share(None)  # nobody leaves before the leader is done
+        return replace(results, skipped=left_out)
+
+    def ask(
+        self,
+        net: nn.Module,
+        run_dir: Path,
+        device: torch.device,
+        workers: Workers | None = None,
+        show: bool = True,
+    ) -> tuple[Results, Asking, list[tuple[Question, pa.Table]]]:
+        """Do what `run` does but write verdicts alone; return besides who asked, and each question's rows."""
+        self.check()
+        workers = workers or Workers()
         fingerprint = model_fingerprint(net)
-        ledger = Ledger(run_dir / "verdicts")
-        known = self._asked(ledger.read(), fingerprint)
+        if not workers.share(workers.gather(fingerprint) == [fingerprint] * workers.world_size):
+            raise ValueError("the processes have different weights; they must load the same checkpoint")
+        images = run_dir / "images" if self.save_images else None
+        ledger = Ledger(run_dir / "verdicts", workers.rank, images)
         channels, height, width = self.dataset.example().shape
         folded = fold_batchnorm(net.eval().to(device, PRECISIONS[self.precision]), (channels, height, width))
         search_on: nn.Module = folded.network
         if self.compile:
             search_on = torch.compile(search_on, dynamic=True)  # type: ignore[assignment]
-        examples = _Examples(self.dataset.classes)
-        with _progress() as progress:
+        questions = self.questions
+        answered: list[tuple[Question, pa.Table]] = []
+        failed: list[Failure] = []
+        total = sum(len(question.dataset) for question in questions)
+        with EvaluationProgress(total, workers, show) as progress:
+            known = SCHEMA.empty_table()
+            if workers.leads:
+                for part in ledger.set_aside():
+                    progress.say(_set_aside(part))
+                known = ledger.read()
             if folded.num_folded or folded.kept:
-                progress.console.print(f"for the search, {folded}", highlight=False)
-            tasks = {
-                evaluator.name: progress.add_task(
-                    evaluator.name, total=sum(map(len, evaluator.own_sets or (self.dataset,))), accuracy=""
-                )
-                for evaluator in self.evaluators
-            }
-            for evaluator, dataset in self.questions:
-                asked, searched = _answering(net, dataset), _answering(search_on, dataset)
-                precision = "bf16" if self.precision == "bf16" else "fp32"
-                passes = Passes(self.batch_size, precision, self.eot, None if search_on is net else searched)
-                self._ask(
-                    evaluator,
-                    dataset,
-                    asked,
-                    passes,
-                    ledger,
-                    known,
-                    examples,
-                    progress,
-                    tasks[evaluator.name],
-                    device,
-                    fingerprint,
-                )
-                examples.write(run_dir / "examples.npz")
-        verdicts = pd.concat(self._asked(ledger.read(), fingerprint).values())
-        main = self.dataset.name
-        subsets = {dataset.name: evaluator.subset for evaluator, dataset in self.questions if evaluator.own_sets}
-        subsets[main] = self.subset
-        summary = summarise(verdicts, self._order, self.threat, main, subsets)
-        for evaluator in self.evaluators:
-            if isinstance(evaluator, SetsEvaluator):
-                own = verdicts[verdicts["evaluator"] == evaluator.name]
-                summary += corruption_rows(evaluator.name, own, evaluator.subset)
-        write_json(run_dir / "summary.json", summary)
-        return summary
-
-    @property
-    def _order(self) -> list[tuple[str, str]]:
-        """The names of evaluators and sets, in the order in which results are listed."""
-        return [(evaluator.name, dataset.name) for evaluator, dataset in self.questions]
-
-    def _asked(self, rows: pd.DataFrame, model: str) -> dict[str, pd.DataFrame]:
-        """Return the rows that answer the questions about this model, by the fingerprint of the question."""
-        rows = rows[rows["model_fingerprint"] == model]
-        answers: dict[Any, pd.DataFrame] = dict(iter(rows.groupby("evaluator_fingerprint", sort=False)))
-        asked = {}
-        for evaluator, dataset in self.questions:
-            key = self._fingerprint(evaluator, dataset)
-            own = answers.get(key, rows.iloc[:0])
-            asked[key] = own[own["sample_id"].isin(dataset.sample_ids.tolist())]
-        return asked
-
-    def _ask(
-        self,
-        evaluator: Evaluator,
-        dataset: ImageSet,
-        net: nn.Module,
-        passes: Passes,
-        ledger: Ledger,
-        known: Mapping[str, pd.DataFrame],
-        examples: _Examples,
-        progress: Progress,
-        task: TaskID,
-        device: torch.device,
-        fingerprint: str,
-    ) -> None:
-        """Put one evaluator's verdicts on the undecided samples into the ledger, a part a batch."""
-        own = self._fingerprint(evaluator, dataset)
-        shared = {
-            "evaluator": evaluator.name,
-            "evaluator_fingerprint": own,
-            "model_fingerprint": fingerprint,
-            "attack_fingerprint": evaluator.attack_fingerprint,
-            "set": dataset.name,
-        }
-        decided = known[own]["sample_id"].unique()
-        progress.update(task, advance=len(decided))
-        robust = seen = 0
-        packs = self.loader(dataset, skip=decided.tolist(), batch_size=NUM_PACKED * self.batch_size)
-        for images, labels, sample_ids in packs:
-            pixels = images.to(device).to(PRECISIONS[self.precision]).div_(255)
-            answers = list(evaluator.verdicts(net, pixels, labels.to(device), sample_ids, self.seed, passes))
-            if dataset.has_several_labels:
-                answers = [_by_any_label(answer, dataset, sample_ids) for answer in answers]
-            names = [dataset.sample_name(int(i)) for i in sample_ids]
-            rows = [self._rows(shared, answer, labels, sample_ids, names) for answer in answers]
-            ledger.append(pd.concat(rows, ignore_index=True))
-            for answer in answers:
-                if answer.attack != "noise" and Threat(str(answer.norm), answer.eps) == self.threat:
-                    examples.add(answer, pixels, labels, names)
-            robust += int((~answers[-1].outcome.broken).sum())
-            seen += len(images)
-            progress.update(task, advance=len(images), accuracy=f"{robust / seen:.1%}")
-
-    def _rows(
-        self,
-        shared: Mapping[str, str | None],
-        answer: Verdicts,
-        labels: Tensor,
-        sample_ids: Tensor,
-        names: Sequence[str],
-    ) -> pd.DataFrame:
-        outcome = answer.outcome
-        return pd.DataFrame(
-            {
-                **shared,
-                "sample_id": sample_ids.numpy(),
-                "sample_name": names,
-                "label": labels.numpy(),
-                "clean_prediction": outcome.clean_prediction.cpu().numpy(),
-                "adversarial_prediction": outcome.adversarial_prediction.cpu().numpy(),
-                "attack": answer.attack,
-                "target": None if answer.targets is None else answer.targets.cpu().numpy(),
-                "norm": answer.norm,
-                "eps": answer.eps,
-                "seed": self.seed,
-                "precision": self.precision,
-                "broken": outcome.broken.cpu().numpy(),
-                "distance": outcome.distance.cpu().numpy(),
-                "forwards": outcome.forwards.cpu().numpy(),
-                "backwards": outcome.backwards.cpu().numpy(),
-            }
+                progress.say(f"for the search, {folded}")
+            asking = Asking(
+                net=net,
+                search_on=search_on,
+                model_fingerprint=fingerprint,
+                device=device,
+                loader=self.loader,
+                batch_size=self.batch_size,
+                precision=self.precision,
+                seed=self.seed,
+                eot=self.eot,
+                ledger=ledger,
+                save_images=self.save_images,
+                workers=workers,
+                progress=progress,
+                raises=self.raises,
+            )
+            for question in questions:
+                rows, error = asking.ask(question, _answers(known, question, fingerprint))
+                if error is None:
+                    answered.append((question, rows))
+                else:
+                    failed.append(Failure(question.evaluator.name, question.dataset.name, error))
+                    progress.say(f"eval.{question.evaluator.name} failed on {question.dataset.name}: {error}")
+        verdicts = pa.concat_tables([SCHEMA.empty_table(), *(rows for _, rows in answered)])
+        summary = (
+            summarise(answered, fingerprint, self.threat, self.dataset.name, self.subset) if workers.leads else []
         )
+        return Results(summary, failed, verdicts), asking, answered
+
+    def _fingerprint(self, evaluator: Evaluator, dataset: ImageSet) -> str:
+        """Return a hash of everything that decides a verdict on a given model and sample."""
+        parts = f"{evaluator.fingerprint(self.seed, self.precision)} {dataset.name} {source_fingerprint(dataset)}"
+        return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
 
 
-def _source_fingerprint(dataset: ImageSet) -> str:
-    """Return a hash of the whole set that samples are taken from: names, labels, first image as prepared."""
-    if dataset.source not in _FINGERPRINTS:
-        labels = dataset.source.labels.labels
-        whole = replace(dataset, sample_ids=torch.arange(len(labels)), corruption=None)
-        digest = hashlib.blake2b(f"{subset_hash(whole)} {whole.preparation}".encode(), digest_size=8)
-        digest.update(labels.numpy().tobytes())
-        digest.update(_first_image(whole))
-        _FINGERPRINTS[dataset.source] = digest.hexdigest()
-    return _FINGERPRINTS[dataset.source]
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _first_image(dataset: ImageSet) -> bytes:
-    """Return the pixels of the first image, nothing where it cannot be read: whoever asks about it will be told."""
-    try:
-        sample = dataset[0]
-    except ImageError:
-        return b""
-    return b"" if isinstance(sample, Unreadable) else sample[0].numpy().tobytes()
+def _set_aside(part: Path) -> str:
+    return f"{part}: could not be read and was set aside under this name; its samples are asked again"
 
 
-_FINGERPRINTS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-
-
-def _answering(net: nn.Module, dataset: ImageSet) -> nn.Module:
-    """Return a network that answers among the classes of the set."""
-    return net if dataset.outputs is None else ClassAnswers(net, dataset.outputs)
-
-
-def _by_any_label(answer: Verdicts, dataset: ImageSet, sample_ids: Tensor) -> Verdicts:
-    """Return clean verdicts on samples that have several right classes."""
-    right = dataset.is_right(answer.outcome.clean_prediction, sample_ids)
-    return replace(answer, outcome=replace(answer.outcome, broken=~right))
-
-
-class _Examples:
-    """A few adversarial examples for the report: the first found of each class, then others."""
-
-    def __init__(self, classes: tuple[str, ...]) -> None:
-        self.classes = classes
-        self._first: dict[int, dict[str, Any]] = {}
-        self._others: list[dict[str, Any]] = []
-        self._of: Verdicts | None = None
-
-    def add(self, verdicts: Verdicts, clean: Tensor, labels: Tensor, names: Sequence[str]) -> None:
-        if self._of is None:
-            self._of = verdicts
-        if (verdicts.attack, verdicts.norm, verdicts.eps) != (self._of.attack, self._of.norm, self._of.eps):
-            return
-        outcome = verdicts.outcome
-        for place in (outcome.broken & (outcome.distance > 0)).nonzero().squeeze(1).tolist():
-            label = int(labels[place])
-            is_first = label not in self._first
-            if len(self._first if is_first else self._others) == NUM_EXAMPLES:
-                continue
-            example = {
-                "clean": clean[place].float().cpu().numpy(),
-                "adversarial": outcome.images[place].float().cpu().numpy(),
-                "label": label,
-                "clean_prediction": int(outcome.clean_prediction[place]),
-                "adversarial_prediction": int(outcome.adversarial_prediction[place]),
-                "sample_name": names[place],
-            }
-            if is_first:
-                self._first[label] = example
-            else:
-                self._others.append(example)
-
-    def write(self, path: Path) -> None:
-        if self._of is None or not self._first:
-            return
-        examples = [self._first[label] for label in sorted(self._first)] + self._others
-        examples = examples[:NUM_EXAMPLES]
-        columns = {key: np.stack([np.asarray(example[key]) for example in examples]) for key in examples[0]}
-        scalars = {"attack": self._of.attack, "norm": self._of.norm, "eps": self._of.eps}
-        with open(path, "wb") as file:
-            np.savez(file, **columns, **scalars, classes=np.asarray(self.classes))  # type: ignore[arg-type]
-
-
-def model_fingerprint(net: nn.Module) -> str:
-    """Return a hash of a network's weights and structure, the same on every device."""
-    digest = hashlib.blake2b(repr(net).encode(), digest_size=8)
-    for name, value in net.state_dict().items():
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _answers(rows: pa.Table, question: Question, model: str) -> pa.Table:
+    """Return the rows that answer a question about a model; of images crafted on others those on all models."""
+    own = (rows["model_fingerprint"].to_numpy() == model) | rows["source_fingerprint"].is_valid().to_numpy()
+    asked = rows["evaluator_fingerprint"].to_numpy() == question.fingerprint
+    return rows.filter(own & asked & np.isin(rows["sample_id"].to_numpy(), question.dataset.sample_ids.numpy()))
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is there as a whole or not at all."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(unfinished, path)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("accuracy {task.fields[accuracy]}"),
-        TimeRemainingColumn(),
-    )
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())

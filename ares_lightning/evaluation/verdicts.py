@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
+import secrets
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ares_lightning.atomic import replacing
 
 SCHEMA = pa.schema(
     [
@@ -31,32 +38,72 @@ SCHEMA = pa.schema(
         ("distance", pa.float64()),
         ("forwards", pa.int64()),
         ("backwards", pa.int64()),
+        ("source_fingerprint", pa.string()),
     ]
 )
-"""One row: one sample, one attack, one budget. `eps` and `distance` are in the norm, units of the [0, 1] scale;
-without a budget `eps` is infinite. `target` is the class that a targeted attack aimed at, null for others; `norm`
-and `attack_fingerprint` are null for the clean images."""
+"""One row: one sample, one attack, one budget, one judged model.
+
+`eps` and `distance` are in the norm, units of the [0, 1] scale; without a budget `eps` is infinite. An ensemble has
+a row for each member that a sample was put to; a sample is broken where any of its rows says so. `target` is the
+class that a targeted attack aimed at, null for others; `norm` and `attack_fingerprint` are null for clean images.
+`source_fingerprint` is that of the model which the images were crafted on without feedback of the judged one, else
+null. A prediction of -1 is no class: the logits were not finite.
+"""
+
+KEY = ["evaluator_fingerprint", "model_fingerprint", "set", "sample_id", "attack", "eps"]
+"""The columns that tell a row from all others."""
+
+FLUSH_SECONDS = 1.0
+"""Rows wait at most so long for company before they are written, which is what a kill can cost."""
 
 
 class Ledger:
-    """The verdict rows of a run folder, `verdicts/part-NNNNN.parquet`; pandas reads the folder in one line."""
+    """The verdict rows of a run folder, `verdicts/part-….parquet`; pandas reads the folder in one line.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        numbers = [int(part.stem.removeprefix("part-")) for part in self._parts()]
-        self._next = max(numbers, default=-1) + 1
+    Every process writes parts of its own, whose names no other process gives, each as a whole or not at all.
+    With `images`, the adversarial images are kept in that folder, in an .npz file named as the part.
+    """
 
-    def append(self, rows: pd.DataFrame) -> None:
-        """Write rows as a new part; the part is there as a whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"part-{self._next:05d}.parquet"
-        unfinished = part.with_suffix(".tmp")
-        pq.write_table(pa.Table.from_pandas(rows, schema=SCHEMA, preserve_index=False), unfinished)
-        os.replace(unfinished, part)
-        self._next += 1
+    def __init__(self, folder: Path, rank: int = 0, images: Path | None = None) -> None:
+        self.folder, self._images = folder, images
+        self._stem = f"part-{rank:04d}-{secrets.token_hex(4)}"
+        self._num_written = 0
+        self._rows: list[pa.Table] = []
+        self._kept: list[tuple[pa.Table, np.ndarray[Any, Any]]] = []
+        self._since = 0.0
 
-    def read(self) -> pd.DataFrame:
-        """Return all rows in the order in which they were written.
+    def append(self, rows: pa.Table, kept: Sequence[tuple[pa.Table, np.ndarray[Any, Any]]] = ()) -> None:
+        """Take rows in, to be written soon; `kept`: some of them with their adversarial images [n, C, H, W].
+
+        Raises WriteError where they cannot be written.
+        """
+        if not self._rows:
+            self._since = time.monotonic()
+        self._rows.append(rows)
+        self._kept += kept
+        if time.monotonic() - self._since >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, as a new part; raises WriteError where that is impossible."""
+        if not self._rows:
+            return
+        name = f"{self._stem}-{self._num_written:05d}"
+        if self._kept and self._images is not None:
+            rows = pa.concat_tables([rows for rows, _ in self._kept]).to_pandas()
+            arrays: dict[str, Any] = {key: rows[key].to_numpy() for key in ("sample_id", "eps")}
+            arrays |= {key: rows[key].to_numpy(dtype=str) for key in ("evaluator", "set", "attack")}
+            with replacing(self._images / f"{name}.npz") as file:
+                np.savez_compressed(file, images=np.concatenate([images for _, images in self._kept]), **arrays)
+        content = io.BytesIO()
+        pq.write_table(pa.concat_tables(self._rows), content)
+        with replacing(self.folder / f"{name}.parquet") as file:
+            file.write(content.getvalue())
+        self._rows, self._kept = [], []
+        self._num_written += 1
+
+    def read(self) -> pa.Table:
+        """Return all rows that lie in the folder, each once.
 
         Raises ValueError naming a part that cannot be read or has other columns.
         """
@@ -69,8 +116,19 @@ class Ledger:
             if not rows.schema.equals(SCHEMA):
                 raise ValueError(f"{part}: has other columns than this version writes; give another run_dir")
             parts.append(rows)
-        table: pd.DataFrame = pa.concat_tables(parts).to_pandas()
-        return table
+        table = pa.concat_tables(parts)
+        return table.filter(~table.select(KEY).to_pandas().duplicated().to_numpy())
+
+    def set_aside(self) -> list[Path]:
+        """Rename the parts that cannot be read, so that nobody takes them for parts; return their new paths."""
+        moved = []
+        for part in self._parts():
+            try:
+                pq.read_table(part)
+            except (pa.ArrowException, OSError):
+                moved.append(part.with_name(f"_corrupt-{part.name}"))
+                os.replace(part, moved[-1])
+        return moved
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.parquet"))

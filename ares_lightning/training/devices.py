@@ -1,4 +1,4 @@
-"""Which processes train on which devices, in which precision, and what cannot be."""
+"""Which processes work on which devices, in which precision, and what cannot be."""
 
 from __future__ import annotations
 
@@ -13,31 +13,21 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Weights stay in float32, as images and budgets do."""
 
 
-def device_settings(
-    *,
-    accelerator: str,
-    devices: int | str | list[int],
-    num_nodes: int,
-    strategy: str,
-    precision: str,
-    sync_batchnorm: bool,
+def process_settings(
+    *, accelerator: str, devices: int | str | list[int], num_nodes: int, strategy: str
 ) -> dict[str, Any]:
-    """Return these arguments of lightning.Trainer with `precision=auto` decided: bf16-mixed on CUDA, else 32-true.
+    """Return these arguments of Lightning's Trainer and Fabric, once they have been looked at.
 
     devices: of this machine; a number, a list of GPUs, or auto.
 
     Raises ValueError naming the key for more devices than there are, for several devices where `accelerator=auto`
-    finds no GPU, for a strategy that splits parameters, and for `sync_batchnorm` without a GPU.
+    finds no GPU, and for a strategy that splits parameters.
     """
     if strategy not in STRATEGIES:
         raise ValueError(
             f"strategy={strategy}: attacks differentiate whole parameters on the bare network in the process that "
             f"trains it, which of the strategies only DDP leaves there; expected one of {', '.join(STRATEGIES)}"
         )
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision}: expected one of {', '.join(PRECISIONS)}")
-    if type(sync_batchnorm) is not bool:
-        raise ValueError(f"sync_batchnorm={sync_batchnorm}: expected true or false")
     kind = _kind(accelerator)
     if isinstance(devices, str) and devices.isdecimal():
         devices = int(devices)
@@ -49,21 +39,30 @@ def device_settings(
             raise ValueError(f"devices={devices}: {_number_of_gpus()}, numbered from 0; there is no {beyond[0]}")
     if num_nodes != 1 and accelerator == "auto" and kind == "cpu":
         raise ValueError(f"num_nodes={num_nodes}: {_NO_GPU}")
+    return {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "strategy": strategy}
+
+
+def device_settings(*, precision: str, sync_batchnorm: bool, accelerator: str, **processes: Any) -> dict[str, Any]:
+    """Return these arguments of lightning.Trainer with `precision=auto` decided: bf16-mixed on CUDA, else 32-true.
+
+    processes: as in `process_settings`.
+
+    Raises ValueError as that does, and for `sync_batchnorm` without a GPU.
+    """
+    settings = process_settings(accelerator=accelerator, **processes)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision}: expected one of {', '.join(PRECISIONS)}")
+    if type(sync_batchnorm) is not bool:
+        raise ValueError(f"sync_batchnorm={sync_batchnorm}: expected true or false")
+    kind = _kind(accelerator)
     if sync_batchnorm and kind == "cpu":
         raise ValueError("sync_batchnorm=true: CPU processes cannot share batch statistics; set it to false")
     if precision == "auto":
         precision = "bf16-mixed" if kind == "cuda" else "32-true"
-    return {
-        "accelerator": accelerator,
-        "devices": devices,
-        "num_nodes": num_nodes,
-        "strategy": strategy,
-        "precision": precision,
-        "sync_batchnorm": sync_batchnorm,
-    }
+    return {**settings, "precision": precision, "sync_batchnorm": sync_batchnorm}
 
 
-_NO_GPU = "there is no GPU here; trainer=ddp_sim trains in CPU processes"
+_NO_GPU = "there is no GPU here; trainer=ddp_sim takes CPU processes"
 
 
 def _kind(accelerator: str) -> str:

@@ -10,12 +10,14 @@ import torch
 from contract import (
     CASES,
     CHEAP,
-    COLUMNS,
     EPS,
     LONG,
     ROWS,
     TARGETED_ONLY,
+    WEAK,
+    call,
     cheap,
+    check_cuts,
     check_defaults,
     check_outcome,
     every_pair,
@@ -23,8 +25,6 @@ from contract import (
 from networks import Counting, SmallNet, predicted
 
 NAMES = list(ROWS)
-WEAK = {"noise", "cda", "tta"}
-"""Attacks of which nothing can be expected in these tests: noise, an untrained generator, a hard task."""
 
 
 def test_every_attack_has_cheap_settings_for_these_tests():
@@ -43,13 +43,6 @@ def first_norm(name: str) -> str:
 def small(name: str, scale: float = 1.0):
     """The attack with cheap settings, in its first norm, at `scale` times a usual budget."""
     return cheap(name, norm=first_norm(name), eps=scale * EPS[first_norm(name)])
-
-
-def call(attack, net, images, labels, **arguments):
-    """Call an attack, with targets where it knows no other way."""
-    if attack.name in TARGETED_ONLY:
-        arguments["targets"] = (labels + 1) % 10
-    return attack(net, images, labels, **arguments)
 
 
 def craft(attack, net, images, labels):
@@ -112,23 +105,7 @@ def test_the_model_comes_back_as_it_was(name, training, fails, images):
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_outcomes_do_not_depend_on_how_the_work_was_cut(name, norm):
-    generator = torch.Generator().manual_seed(3)
-    images = torch.rand(23, 3, 6, 5, generator=generator, dtype=torch.float64)
-    net = SmallNet().double()
-    labels = predicted(net, images)
-    attack = cheap(name, norm=norm, eps=EPS[norm] / 4)
-    ids = torch.arange(100, 123)
-    whole = call(attack, net, images, labels, sample_ids=ids, seed=4)
-    assert 0 < whole.broken.sum() < 23 or name in WEAK
-    order = torch.randperm(23, generator=generator)
-    for size in (1, 7, 23):
-        parts = [
-            call(attack, net, images[part], labels[part], sample_ids=ids[part], seed=4, batch_size=4)
-            for part in order.split(size)
-        ]
-        for column in COLUMNS:
-            joined = torch.cat([getattr(part, column) for part in parts])[order.argsort()]
-            torch.testing.assert_close(joined, getattr(whole, column), rtol=0, atol=1e-12)
+    check_cuts((name, norm), (1, 7, 23))
 
 
 @pytest.mark.parametrize("name", NAMES)

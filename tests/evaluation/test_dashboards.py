@@ -7,131 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import wandb
 from dashboards import WandbLog, read_wandb
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from run_folders import CORRUPTIONS, OOD, Invented, write_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ares_lightning import build
 from ares_lightning.evaluation.dashboards import log_evaluation
-from ares_lightning.evaluation.metrics import wilson_interval
 
-N = 20
-SUBSETS = {"subset": None, "seed": 0, "precision": "fp32", "source": None, "model": None, "queries": None}
-
-
-def row(evaluator: str, metric: str, right: int, **other: Any) -> dict[str, Any]:
-    low, high = wilson_interval(right, N)
-    known = {"set": "digits", "attack": "pgd", "norm": "linf", "eps": 0.1, "attack_fingerprint": "a1", **SUBSETS}
-    return {"evaluator": evaluator, "metric": metric, "value": right / N, "n": N, "low": low, "high": high} | (
-        known | other
-    )
-
-
-CLEAN = {"attack": "none", "norm": None, "eps": 0.0}
-ROWS = [
-    row("clean", "clean_accuracy", 18, **CLEAN),
-    row("pgd20", "robust_accuracy", 10),
-    row("autoattack", "robust_accuracy", 8, attack="autoattack"),
-    row("autoattack", "robust_accuracy_after", 10, attack="apgd_ce"),
-    row("autoattack", "robust_accuracy_after", 8, attack="apgd_t"),
-    *(row("curve_threat", "robust_accuracy", right, eps=eps) for eps, right in ((0.2, 2), (0.05, 15), (0.1, 9))),
-    *(row("curve_l2", "robust_accuracy", right, eps=eps, norm="l2") for eps, right in ((0.5, 12), (1.0, 6))),
-    *(row("square", "accuracy_over_queries", right, queries=n) for n, right in ((100, 17), (1000, 12))),
-    *(row("frequency", "clean_accuracy", n, set=f"digits/low_pass/{n}", **CLEAN) for n in (1, 2, 4)),
-    row("corruptions", "clean_accuracy", 16, set="digits/fog/1", **CLEAN),
-    row("corruptions", "clean_accuracy", 11, set="digits/fog/5", **CLEAN),
-    row("corruptions", "mce", 10, low=None, high=None, **CLEAN),
-    row("ood", "clean_accuracy", 7, set="digits_a", **CLEAN),
-    row("transfer", "transfer_accuracy", 13, source="other"),
-    row("worst_case", "robust_accuracy", 7, attack=None, attack_fingerprint=None),
-]
-CHECKS = [
-    {
-        "check": "one",
-        "title": "Steps help",
-        "verdict": "pass",
-        "evidence": "10 % | 8 %",
-        "remedy": None,
-        "source": "a",
-    },
-    {"check": "two", "title": "Box kept", "verdict": "fail", "evidence": "1.2", "remedy": "clamp", "source": "b"},
-]
-
-
-def verdicts() -> pd.DataFrame:
-    """Ten samples of class 0, ten of class 1; of class 0 two are misclassified, PGD breaks two more."""
-    parts = []
-    shared = {"model_fingerprint": "m1", "set": "digits", "source_fingerprint": None, "target": None, "seed": 0}
-    samples = {"sample_id": range(N), "label": [0] * 10 + [1] * 10}
-    for evaluator, attack, norm, eps, broken in (
-        ("clean", "none", None, 0.0, {0, 1}),
-        ("pgd20", "pgd", "linf", 0.1, {0, 1, 2, 3}),
-        ("autoattack", "apgd_ce", "linf", 0.1, {0, 1, 2}),
-        ("autoattack", "apgd_t", "linf", 0.1, {4}),
-        ("curve_threat", "pgd", "linf", 0.05, {10}),
-        ("curve_threat", "pgd", "linf", 0.2, set(range(N))),
-    ):
-        own = {
-            "evaluator": evaluator,
-            "evaluator_fingerprint": evaluator,
-            "attack": attack,
-            "norm": norm,
-            "eps": eps,
-        }
-        broken_ones = {"broken": [number in broken for number in range(N)]}
-        parts.append(pd.DataFrame({**samples, **broken_ones}).assign(**own, **shared))
-    other_model = parts[1].assign(model_fingerprint="m0", broken=True)
-    other_question = parts[1].assign(evaluator_fingerprint="pgd20 with another seed", broken=True)
-    return pd.concat([*parts, other_model, other_question])
+MODEL = Invented("mine")
+BUDGETS = [share * MODEL.eps for share in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)]
 
 
 def make_run(folder: Path, logger: dict[str, Any]) -> DictConfig:
-    folder.mkdir()
-    cfg = OmegaConf.create(
-        {
-            "name": "mine",
-            "data": {"name": "digits"},
-            "threat": {"norm": "linf", "eps": "0.1"},
-            "optim": {"lr": 0.1},
-            "logger": logger,
-        }
-    )
+    """A run folder with everything in it, and the config that it was made by."""
+    write_run(folder, MODEL, others=["other"])
+    cfg = OmegaConf.load(folder / "config.yaml")
+    cfg.optim, cfg.logger = {"lr": 0.1}, logger
     OmegaConf.save(cfg, folder / "config.yaml")
-    names = dict.fromkeys(row["evaluator"] for row in ROWS)
-    about = {
-        "sets": [{"set": "digits", "n": N, "names_hash": "h", "preparation": "none"}],
-        "run": {"model_fingerprint": "m1", "fingerprint": "e1", "num_parameters": 7},
-        "evaluators": [{"name": name, "set": "digits", "fingerprint": name} for name in names],
-    }
-    contents = {"summary": ROWS, "about": about, "sanity": {"model_fingerprint": "m1", "checks": CHECKS}}
-    for name, content in contents.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "report.html").write_text("<p>the report</p>")
-    (folder / "verdicts").mkdir()
-    verdicts().to_parquet(folder / "verdicts" / "part-00000.parquet")
-    (folder / "verdicts" / "_passes.json").write_text("{}")
     (folder / "checkpoints").mkdir()
     for name in ("best", "last"):
         (folder / "checkpoints" / f"{name}.ckpt").write_bytes(name.encode())
-    clean = np.full((2, 1, 8, 8), 0.5, np.float32)
-    predictions = {"clean_prediction": np.array([1, 0]), "adversarial_prediction": np.array([0, 1])}
-    np.savez(
-        folder / "examples.npz",
-        clean=clean,
-        adversarial=clean + np.float32(0.1),
-        label=np.array([1, 0]),
-        **predictions,
-        sample_name=np.array(["a", "b"]),
-        classes=np.array(["zero", "one"]),
-        attack="pgd",
-        norm="linf",
-        eps=0.1,
-    )
     return cfg
+
+
+def summary(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "summary.json").read_text())
 
 
 def logged(folder: Path, **logger: Any) -> DictConfig:
@@ -158,82 +63,114 @@ def on_wandb(run_dir) -> WandbLog:
     return read_wandb(run_dir)
 
 
-def test_the_summary_of_the_run_has_a_named_number_for_each_accuracy_that_is_no_point_of_a_curve(on_wandb):
-    low, high = wilson_interval(10, N)
+def test_the_summary_of_the_run_has_a_named_number_for_each_accuracy_that_is_no_point_of_a_line(on_wandb, run_dir):
+    row = next(row for row in summary(run_dir) if row["evaluator"] == "pgd20")
     pgd = {key: value for key, value in on_wandb.summary.items() if key.startswith("eval/pgd20/")}
     assert pgd == {
-        "eval/pgd20/robust_accuracy": 0.5,
-        "eval/pgd20/robust_accuracy_low": pytest.approx(low),
-        "eval/pgd20/robust_accuracy_high": pytest.approx(high),
-        "eval/pgd20/robust_accuracy_n": N,
+        "eval/pgd20/robust_accuracy": row["value"],
+        "eval/pgd20/robust_accuracy_low": row["low"],
+        "eval/pgd20/robust_accuracy_high": row["high"],
+        "eval/pgd20/robust_accuracy_n": MODEL.n,
     }
-    numbers = {key for key, value in on_wandb.summary.items() if isinstance(value, int | float)}
-    assert {key for key in numbers if key.startswith("eval/") and key.endswith(("accuracy", "mce"))} == {
-        "eval/clean/clean_accuracy",
-        "eval/pgd20/robust_accuracy",
-        "eval/autoattack/robust_accuracy",
-        "eval/corruptions/mce",
-        "eval/ood/digits_a/clean_accuracy",
-        "eval/transfer/other/pgd/transfer_accuracy",
-        "eval/worst_case/robust_accuracy",
+    names = {
+        key.removeprefix("eval/").removesuffix("_low")
+        for key in on_wandb.summary
+        if key.startswith("eval/") and key.endswith("_low")
+    }
+    members, sources = ("apgd_ce", "apgd_t", "fab_t", "square"), ("mim", "vmi_fgsm")
+    assert names == {
+        "clean/clean_accuracy",
+        "pgd5/robust_accuracy",
+        "pgd20/robust_accuracy",
+        "pgd100/robust_accuracy",
+        "autoattack/robust_accuracy",
+        *(f"autoattack/{member}/robust_accuracy_after" for member in members),
+        *(f"ood/{name}/clean_accuracy" for name in OOD),
+        *(f"transfer/other/{attack}/transfer_accuracy" for attack in sources),
+        "worst_case/robust_accuracy",
+    }
+    assert on_wandb.summary["eval/worst_case/robust_accuracy"] == MODEL.accuracy(MODEL.eps)
+
+
+def test_the_summary_of_the_run_counts_checks_by_verdict(on_wandb):
+    assert [on_wandb.summary[f"eval/sanity/{verdict}"] for verdict in ("pass", "warn", "fail")] == [4, 0, 0]
+
+
+def test_curves_are_charts_over_budgets_queries_steps_radii_and_severities(on_wandb, run_dir):
+    curve = [(eps, MODEL.accuracy(eps, 1.05)) for eps in BUDGETS]
+    assert on_wandb.lines("eval/robust_accuracy/linf") == {"mine": curve}
+    (l2,) = on_wandb.lines("eval/robust_accuracy/l2").values()
+    assert l2 == [(eps / 0.12, value) for eps, value in curve]
+    assert on_wandb.charts["eval/robust_accuracy/l2"]["stringSettings"] == {
+        "title": "Robust accuracy, L2", "xname": "eps",
     }  # fmt: skip
-    assert on_wandb.summary["eval/autoattack/apgd_t/robust_accuracy_after"] == 0.4
-    assert "eval/corruptions/mce_low" not in on_wandb.summary
-    assert [on_wandb.summary[f"eval/sanity/{verdict}"] for verdict in ("pass", "warn", "fail")] == [1, 0, 1]
-
-
-def test_curves_are_charts_over_rising_budgets_queries_radii_and_severities(on_wandb):
-    assert on_wandb.lines("eval/robust_accuracy/linf") == {"curve_threat": [(0.05, 0.75), (0.1, 0.45), (0.2, 0.1)]}
-    assert on_wandb.lines("eval/robust_accuracy/l2") == {"curve_l2": [(0.5, 0.6), (1.0, 0.3)]}
-    assert on_wandb.lines("eval/queries") == {"square": [(100, 0.85), (1000, 0.6)]}
-    assert on_wandb.lines("eval/frequency") == {"low_pass": [(1, 0.05), (2, 0.1), (4, 0.2)]}
-    assert on_wandb.lines("eval/corruptions") == {"fog": [(1, 0.8), (5, 0.55)]}
-    texts = on_wandb.charts["eval/robust_accuracy/l2"]["stringSettings"]
-    assert texts == {"title": "Robust accuracy, L2", "xname": "eps"}
+    queries = on_wandb.lines("eval/queries")
+    assert {name: [x for x, _ in line] for name, line in queries.items()} == {
+        "square": [10, 100, 1000, 5000], "nes": [10, 100, 1000, 5000],
+    }  # fmt: skip
+    (steps,) = on_wandb.lines("eval/steps").values()
+    assert [x for x, _ in steps] == [5, 20, 100]
+    (radii,) = on_wandb.lines("eval/frequency").values()
+    assert radii == [(radius, MODEL.accuracy(0) * radius / (radius + 1)) for radius in (1, 2, 4, 8)]
+    corruptions = on_wandb.lines("eval/corruptions/digits")
+    assert set(corruptions) == set(CORRUPTIONS)
+    assert corruptions["fog"] == [
+        (float(row["set"].rsplit("/")[-1]), row["value"])
+        for row in summary(run_dir)
+        if row["set"].startswith("digits/fog/")
+    ]
 
 
 def test_a_bar_stands_for_each_accuracy(on_wandb):
     assert on_wandb.charts["eval/accuracies"]["panelDefId"] == "wandb/bar/v0"
-    bars = {
-        bar["evaluation"]: bar["accuracy"] for bar in on_wandb.table("Custom Chart Tables/eval/accuracies_table")
-    }
-    assert bars == {"clean": 0.9, "pgd20": 0.5, "autoattack": 0.4, "ood/digits_a": 0.35, "worst_case": 0.35}
+    table = on_wandb.table("Custom Chart Tables/eval/accuracies_table")
+    bars = {bar["evaluation"]: bar["accuracy"] for bar in table}
+    named = ["clean", "pgd5", "pgd20", "pgd100", "autoattack", *(f"ood/{name}" for name in OOD), "worst_case"]
+    assert list(bars) == named
+    assert bars["clean"] == MODEL.accuracy(0)
 
 
-def test_the_tables_hold_every_row_of_the_summary_and_every_check(on_wandb):
-    assert on_wandb.table("eval/summary") == ROWS
-    checks = on_wandb.table("eval/sanity")
-    assert checks == [{key: value for key, value in check.items() if key != "check"} for check in CHECKS]
+def test_the_tables_hold_every_row_of_the_summary_and_every_check(on_wandb, run_dir):
+    assert on_wandb.table("eval/summary") == summary(run_dir)
+    checks = json.loads((run_dir / "sanity.json").read_text())["checks"]
+    shown = on_wandb.table("eval/sanity")
+    assert sorted(check["title"] for check in shown) == sorted(check["title"] for check in checks)
+    assert [check["verdict"] for check in shown] == ["pass"] * 4 + ["not asked"]
 
 
-def test_the_classes_are_told_apart_by_the_verdicts_of_this_evaluation_on_this_model(on_wandb):
-    zero, one = on_wandb.table("eval/classes")
-    assert zero == {
-        "label": 0, "class": "zero", "n": 10,
-        "clean": 0.8, "pgd20": 0.6, "autoattack": pytest.approx(0.6), "worst_case": 0.5,
-    }  # fmt: skip
-    assert one == {
-        "label": 1, "class": "one", "n": 10,
-        "clean": 1.0, "pgd20": 1.0, "autoattack": 1.0, "worst_case": pytest.approx(0.9),
-    }  # fmt: skip
+def test_the_classes_stand_in_a_table_the_weakest_first(on_wandb):
+    classes = on_wandb.table("eval/classes")
+    robust = MODEL.radii > MODEL.eps
+    for row in classes:
+        own = MODEL.labels == int(row["class"].removeprefix("class "))
+        assert row["n"] == own.sum()
+        assert row["robust"] == pytest.approx(robust[own].mean())
+        assert row["clean"] == pytest.approx((MODEL.radii > 0)[own].mean())
+    assert len(classes) == MODEL.num_classes
+    assert [row["robust"] for row in classes] == sorted(row["robust"] for row in classes)
 
 
-def test_examples_are_panels_of_clean_image_perturbation_and_adversarial_image(on_wandb):
-    (file, caption), (_, other) = on_wandb.images("eval/examples")
+def test_examples_are_panels_of_clean_image_perturbation_and_adversarial_image(on_wandb, run_dir):
+    panels = on_wandb.images("eval/examples")
+    assert len(panels) == 4
+    file, caption = panels[0]
     pixels = np.asarray(Image.open(file))
-    assert pixels.shape == (96, 3 * 96 + 2 * 4, 3), "8 pixels, magnified 12 times"
-    assert pixels[0, [0, 100, 200], 0].tolist() == [128, 255, 153]
+    assert pixels.shape == (96, 3 * 96 + 2 * 4, 3), "16 pixels, magnified 6 times"
+    with np.load(run_dir / "examples.npz") as kept:
+        clean, adversarial = (np.round(255 * kept[key][0].transpose(1, 2, 0)) for key in ("clean", "adversarial"))
+    assert (pixels[::6, :96:6] == clean).all()
+    assert (pixels[::6, 200::6] == adversarial).all()
     assert (pixels[:, 96:100] == 255).all()
-    assert caption == "one: predicted one, attacked zero (pgd, L-inf, eps 0.1; perturbation x 5)"
-    assert other.startswith("zero: predicted zero, attacked one")
+    label, after = f"class {MODEL.labels[0]}", f"class {MODEL.prediction[0]}"
+    assert caption.startswith(f"{label}: predicted {label}, attacked {after} (00000.png; apgd_ce, L-inf, eps 0.1")
 
 
 def test_checkpoints_verdicts_and_report_are_artifacts_where_they_lie(on_wandb, run_dir):
-    (run_id,) = on_wandb.ids
+    (run_id,), parts = on_wandb.ids, sorted((run_dir / "verdicts").glob("part-*.parquet"))
     assert on_wandb.artifacts == [
-        ("model", f"model-{run_id}", ["last.ckpt"], ["latest", "last"]),
+        ("model", f"model-{run_id}", ["last.ckpt"], ["last", "latest"]),
         ("model", f"model-{run_id}", ["best.ckpt"], ["best", "latest"]),
-        ("verdicts", f"verdicts-{run_id}", ["part-00000.parquet"], ["latest"]),
+        ("verdicts", f"verdicts-{run_id}", [path.name for path in parts], ["latest"]),
         ("report", f"report-{run_id}", ["report.html"], ["latest"]),
     ]
     assert on_wandb.stored["best.ckpt"] == run_dir.resolve() / "checkpoints" / "best.ckpt"
@@ -241,8 +178,9 @@ def test_checkpoints_verdicts_and_report_are_artifacts_where_they_lie(on_wandb, 
 
 
 def test_the_config_says_what_was_asked_of_which_model(on_wandb):
-    assert on_wandb.config["threat"] == {"norm": "linf", "eps": "0.1"}
-    assert on_wandb.config["evaluation"]["model_fingerprint"] == "m1"
+    assert on_wandb.config["threat"] == {"norm": "linf", "eps": 0.1}
+    assert on_wandb.config["evaluation"]["model_fingerprint"] == MODEL.fingerprint
+    assert on_wandb.config["evaluation"]["versions"]["torch"] == "2.9.0"
     assert on_wandb.job_type == "train"
 
 
@@ -294,26 +232,25 @@ def test_tensorboard_has_the_numbers(on_tensorboard, on_wandb):
     scalars = {name: on_tensorboard.Scalars(name)[0].value for name in on_tensorboard.Tags()["scalars"]}
     expected = {name: on_wandb.summary[name] for name in scalars}
     assert scalars == pytest.approx(expected, rel=1e-6)
-    assert scalars["eval/worst_case/robust_accuracy"] == pytest.approx(0.35)
+    assert scalars["eval/worst_case/robust_accuracy"] == pytest.approx(MODEL.accuracy(MODEL.eps))
 
 
 def test_tensorboard_has_the_curves_and_the_examples_as_images(on_tensorboard):
     images = set(on_tensorboard.Tags()["images"])
-    charts = {"robust_accuracy/linf", "robust_accuracy/l2", "queries", "frequency", "corruptions"}
-    assert images == {f"eval/{name}" for name in charts | {"examples/0", "examples/1"}}
+    charts = ["robust_accuracy/linf", "robust_accuracy/l2", "queries", "steps", "frequency", "corruptions/digits"]
+    assert images == {f"eval/{name}" for name in [*charts, *(f"examples/{place}" for place in range(4))]}
     (example,) = on_tensorboard.Images("eval/examples/0")
     assert (example.height, example.width) == (96, 296)
-    assert "0. one: predicted one, attacked zero" in text(on_tensorboard, "eval/examples")
+    label = f"class {MODEL.labels[0]}"
+    assert f"0. {label}: predicted {label}, attacked" in text(on_tensorboard, "eval/examples")
 
 
 def test_tensorboard_has_checks_and_tables_as_text(on_tensorboard):
     checks = text(on_tensorboard, "eval/sanity").splitlines()
-    assert checks[2:] == [
-        "| Steps help | pass | 10 % \\| 8 % |  | a |",
-        "| Box kept | fail | 1.2 | clamp | b |",
-    ]
-    assert len(text(on_tensorboard, "eval/summary").splitlines()) == 2 + len(ROWS)
-    assert "| 0 | zero | 10 | 0.8 | 0.6 |" in text(on_tensorboard, "eval/classes")
+    assert checks[0] == "| title | verdict | evidence | remedy | source |"
+    assert [check.split(" | ")[1] for check in checks[2:]] == ["pass"] * 4 + ["not asked"]
+    assert "| worst_case | robust_accuracy |" in text(on_tensorboard, "eval/summary")
+    assert len(text(on_tensorboard, "eval/classes").splitlines()) == 2 + MODEL.num_classes
     assert "    name: mine" in text(on_tensorboard, "config")
 
 

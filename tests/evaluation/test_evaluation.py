@@ -15,8 +15,9 @@ from ares_lightning.attacks.autoattack import AutoAttack
 from ares_lightning.data import RobustDataModule, select_subset
 from ares_lightning.evaluation.curves import BisectedCurve, BracketedCurve, ExactCurve
 from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator
-from ares_lightning.evaluation.metrics import summarise, wilson_interval
-from ares_lightning.evaluation.run import Evaluation, model_fingerprint
+from ares_lightning.evaluation.fingerprints import model_fingerprint
+from ares_lightning.evaluation.metrics import wilson_interval
+from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.evaluation.verdicts import SCHEMA, Ledger
 from ares_lightning.models import make_classifier
 from ares_lightning.models.folding import fold_batchnorm
@@ -69,7 +70,7 @@ def of(summary, evaluator, eps=None):
 
 
 def test_the_summary_follows_from_the_verdict_rows(data, net, tmp_path):
-    summary = evaluation(data).run(net, tmp_path, CPU)
+    summary = evaluation(data).run(net, tmp_path, CPU).summary
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     rows = pd.read_parquet(tmp_path / "verdicts")
     assert list(rows.columns) == SCHEMA.names
@@ -98,7 +99,7 @@ def test_the_summary_follows_from_the_verdict_rows(data, net, tmp_path):
 
 
 def test_the_curve_never_rises_and_starts_at_the_clean_accuracy(data, net, tmp_path):
-    summary = evaluation(data).run(net, tmp_path, CPU)
+    summary = evaluation(data).run(net, tmp_path, CPU).summary
     values = [row["value"] for row in summary if row["evaluator"] == "curve"]
     assert [row["eps"] for row in summary if row["evaluator"] == "curve"] == [0, 0.05, 0.1, 0.2]
     assert values == sorted(values, reverse=True)
@@ -112,26 +113,16 @@ def test_the_curve_never_rises_and_starts_at_the_clean_accuracy(data, net, tmp_p
     assert (later["forwards"] == 0).all(), "a budget that is already decided costs nothing"
 
 
-def test_the_worst_case_is_taken_sample_by_sample():
-    rows = pd.DataFrame(
-        {
-            "evaluator": ["a", "a", "a", "b", "b", "b", "far", "far", "far"],
-            "attack": ["pgd"] * 6 + ["bim"] * 3,
-            "attack_fingerprint": ["0"] * 6 + ["1"] * 3,
-            "target": None,
-            "norm": "linf",
-            "eps": [0.1] * 3 + [0.05] * 3 + [0.2] * 3,
-            "sample_id": [0, 1, 2] * 3,
-            "broken": [True, False, False, False, True, False, True, True, True],
-            "set": "s",
-            "seed": 0,
-            "precision": "fp32",
-        }
-    )
-    summary = summarise(rows, [("a", "s"), ("b", "s"), ("far", "s")], Threat("linf", 0.1), "s", {})
+def test_the_worst_case_is_taken_sample_by_sample(data, net, tmp_path):
+    attacks = {"a": ("fgsm", 0.1), "b": ("noise", 0.05), "c": ("pgd", 0.1), "far": ("pgd", 0.3)}
+    evaluators = [AttackEvaluator(name, make_attack(attack, eps=eps)) for name, (attack, eps) in attacks.items()]
+    summary = evaluation(data, evaluators=evaluators).run(net, tmp_path, CPU).summary
+    rows = pd.read_parquet(tmp_path / "verdicts")
+    within = rows[rows["eps"] <= 0.1].pivot(index="sample_id", columns="evaluator", values="broken")
     worst = of(summary, "worst_case")
-    assert worst["value"] == pytest.approx(1 / 3)
-    assert (worst["n"], worst["eps"], worst["attack"]) == (3, 0.1, None)
+    assert worst["value"] == (~within.any(axis=1)).mean()
+    assert (worst["n"], worst["eps"], worst["attack"]) == (50, 0.1, None)
+    assert within.any(axis=1).mean() < rows.loc[rows["evaluator"] == "far", "broken"].mean()
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (321, 360), (1, 1000)])
@@ -145,12 +136,12 @@ class StopError(Exception):
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(data, net, tmp_path):
-    whole = evaluation(data).run(net, tmp_path / "whole", CPU)
+    whole = evaluation(data).run(net, tmp_path / "whole", CPU).summary
     expected = pd.read_parquet(tmp_path / "whole" / "verdicts")
 
     def stopping(after):
-        def loader(dataset, *, skip, batch_size):
-            loader = data.evaluation_loader(dataset, skip=skip, batch_size=batch_size)
+        def loader(dataset, *, batch_size):
+            loader = data.evaluation_loader(dataset, batch_size=batch_size)
             for number, batch in enumerate(loader):
                 if number == after:
                     raise StopError
@@ -163,7 +154,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(data, net, tmp_path):
         with pytest.raises(StopError):
             evaluation(data, loader=stopping(after), batch_size=4).run(net, run_dir, CPU)
         assert not (run_dir / "summary.json").exists()
-    assert evaluation(data).run(net, run_dir, CPU) == whole
+    assert evaluation(data).run(net, run_dir, CPU).summary == whole
     rows = pd.read_parquet(run_dir / "verdicts")
     order = ["evaluator", "eps", "sample_id"]
     pd.testing.assert_frame_equal(
@@ -175,10 +166,10 @@ def test_a_stopped_evaluation_goes_on_where_it_was(data, net, tmp_path):
 
 
 def test_verdicts_of_another_model_do_not_count(data, net, tmp_path):
-    expected = evaluation(data, subset="first:20").run(net, tmp_path / "alone", CPU)
+    expected = evaluation(data, subset="first:20").run(net, tmp_path / "alone", CPU).summary
     other = make_classifier("cnn", in_chans=1, num_classes=10, img_size=8, mean=[0.3], std=[0.38], width=8)
     evaluation(data, subset="first:20").run(other, tmp_path / "both", CPU)
-    assert evaluation(data, subset="first:20").run(net, tmp_path / "both", CPU) == expected
+    assert evaluation(data, subset="first:20").run(net, tmp_path / "both", CPU).summary == expected
     assert len(pd.read_parquet(tmp_path / "both" / "verdicts")) == 2 * 20 * 6
 
 
@@ -204,7 +195,7 @@ def test_fingerprints_follow_what_decides_a_verdict(data, net):
 
 def test_rows_and_summary_name_the_attack_by_its_fingerprint(data, net, tmp_path):
     attack = make_attack("pgd", eps=0.1, steps=4)
-    summary = evaluation(data, subset="first:5").run(net, tmp_path, CPU)
+    summary = evaluation(data, subset="first:5").run(net, tmp_path, CPU).summary
     fingerprints = pd.read_parquet(tmp_path / "verdicts").groupby("evaluator")["attack_fingerprint"].unique()
     assert pd.isna(fingerprints["clean"]).all()
     assert fingerprints["pgd4"].tolist() == fingerprints["curve"].tolist() == [attack.fingerprint]
@@ -241,7 +232,7 @@ def test_an_evaluators_fingerprint_is_that_of_the_generators_content(tmp_path):
 def test_with_targets_only_the_target_counts(targets, data, net, tmp_path):
     attack = make_attack("pgd", eps=0.15, steps=10)
     evaluators = [AttackEvaluator("aimed", attack, targets), AttackEvaluator("free", attack)]
-    summary = evaluation(data, evaluators=evaluators, threat=Threat("linf", 0.15)).run(net, tmp_path, CPU)
+    summary = evaluation(data, evaluators=evaluators, threat=Threat("linf", 0.15)).run(net, tmp_path, CPU).summary
     rows = pd.read_parquet(tmp_path / "verdicts")
     aimed, free = (rows[rows["evaluator"] == name].sort_values("sample_id") for name in ("aimed", "free"))
     assert free["target"].isna().all()
@@ -268,7 +259,7 @@ def test_random_targets_belong_to_the_sample(data, net, tmp_path):
     targets = {}
     for subset, batch_size in (("first:30", 16), ("random:100@1", 3)):
         settings = {"evaluators": evaluators, "batch_size": batch_size}
-        summary = evaluation(data, subset, **settings).run(net, tmp_path / subset, CPU)
+        summary = evaluation(data, subset, **settings).run(net, tmp_path / subset, CPU).summary
         assert [row["evaluator"] for row in summary] == ["aimed"], "which says nothing of the worst case"
         targets[subset] = pd.read_parquet(tmp_path / subset / "verdicts").set_index("sample_id")["target"]
     both = pd.concat(targets, axis=1).dropna()
@@ -315,7 +306,7 @@ def test_targets_may_come_from_a_file(data, net, tmp_path):
 
 def test_no_budget_is_null_in_the_summary(data, net, tmp_path):
     evaluators = [AttackEvaluator("nearest", make_attack("fmn", eps=None, steps=10))]
-    (row,) = evaluation(data, subset="first:10", evaluators=evaluators).run(net, tmp_path, CPU)
+    (row,) = evaluation(data, subset="first:10", evaluators=evaluators).run(net, tmp_path, CPU).summary
     assert row["eps"] is None
     assert "Infinity" not in (tmp_path / "summary.json").read_text()
     rows = pd.read_parquet(tmp_path / "verdicts")
@@ -325,29 +316,30 @@ def test_no_budget_is_null_in_the_summary(data, net, tmp_path):
 
 def test_a_table_with_other_columns_is_refused(data, net, tmp_path):
     evaluation(data, subset="first:5").run(net, tmp_path, CPU)
-    part = tmp_path / "verdicts" / "part-00001.parquet"
+    part = min((tmp_path / "verdicts").iterdir())
     pd.read_parquet(part).drop(columns="attack_fingerprint").to_parquet(part, index=False)
-    with pytest.raises(ValueError, match=r"part-00001\.parquet: has other columns than this version writes"):
+    with pytest.raises(ValueError, match=rf"{part.name}: has other columns than this version writes"):
         evaluation(data, subset="first:5").run(net, tmp_path, CPU)
 
 
 def test_only_the_subset_is_counted(data, net, tmp_path):
     evaluation(data, subset="first:20").run(net, tmp_path, CPU)
-    assert {row["n"] for row in evaluation(data, subset="first:5").run(net, tmp_path, CPU)} == {5}
-    assert {row["n"] for row in evaluation(data, subset="first:30").run(net, tmp_path, CPU)} == {30}
+    assert {row["n"] for row in evaluation(data, subset="first:5").run(net, tmp_path, CPU).summary} == {5}
+    assert {row["n"] for row in evaluation(data, subset="first:30").run(net, tmp_path, CPU).summary} == {30}
 
 
-def test_a_broken_part_is_named_and_the_others_are_kept(data, net, tmp_path):
-    evaluation(data, subset="first:5").run(net, tmp_path, CPU)
-    bad = tmp_path / "verdicts" / "part-00001.parquet"
-    bad.write_bytes(b"PAR1 nothing")
-    with pytest.raises(ValueError, match=r"part-00001\.parquet"):
+def test_a_corrupt_part_is_named_set_aside_and_asked_again_while_the_others_are_kept(data, net, tmp_path, capsys):
+    whole = evaluation(data, subset="first:20").run(net, tmp_path, CPU).summary
+    bad, *others = sorted((tmp_path / "verdicts").iterdir())
+    contents = {part: part.read_bytes() for part in others}
+    bad.write_bytes(bad.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=bad.name):
         Ledger(tmp_path / "verdicts").read()
-    last = (tmp_path / "verdicts" / "part-00002.parquet").read_bytes()
-    bad.unlink()
-    summary = evaluation(data, subset="first:5").run(net, tmp_path, CPU)
-    assert {row["n"] for row in summary} == {5}, "what the removed part held is asked again"
-    assert (tmp_path / "verdicts" / "part-00002.parquet").read_bytes() == last, "no part is ever written over"
+    capsys.readouterr()
+    assert evaluation(data, subset="first:20").run(net, tmp_path, CPU).summary == whole
+    assert f"_corrupt-{bad.name}: could not be read" in capsys.readouterr().out.replace("\n", "")
+    assert {part: part.read_bytes() for part in others} == contents, "no part is ever written over"
+    assert len(pd.read_parquet(tmp_path / "verdicts")) == 20 * 6, "nor does the one set aside stand in the way"
 
 
 def test_examples_show_what_was_found(data, net, tmp_path):

@@ -94,9 +94,7 @@ def evaluate(data: RobustDataModule, evaluators: list[Any], run_dir: Path) -> li
         loader=data.evaluation_loader,
         batch_size=4,
     )
-    summary = evaluation.run(Marked(), run_dir, CPU)
-    evaluation.write_about(run_dir, data.skipped)
-    return summary
+    return evaluation.run(Marked(), run_dir, CPU, skipped=data.skipped).summary
 
 
 def published(data: RobustDataModule, root: Path | None, **changes: Any) -> SetsEvaluator:

@@ -9,6 +9,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from ares_lightning.evaluation.dashboards.results import Chart, Results
+from ares_lightning.evaluation.report.figures import percent
 
 Writer = Any
 """torch.utils.tensorboard.SummaryWriter, which is there only where TensorBoard is."""
@@ -27,7 +28,7 @@ def show_on_tensorboard(writer: Writer, results: Results) -> None:
         writer.add_text("eval/examples", "  \n".join(captions))
     for name, table in results.tables.items():
         writer.add_text(name, _markdown(table))
-    settings = yaml.safe_dump(dict(results.settings), sort_keys=False)
+    settings = yaml.safe_dump(dict(results.config), sort_keys=False)
     writer.add_text("config", "\n".join(f"    {line}" for line in settings.splitlines()))
     writer.flush()
 
@@ -35,8 +36,10 @@ def show_on_tensorboard(writer: Writer, results: Results) -> None:
 def _figure(chart: Chart) -> Figure:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for label, (x, y) in chart.lines.items():
-        axes.plot(x, [100 * value for value in y], marker="o", markersize=3.5, label=label.replace("$", r"\$"))
+    for line in chart.lines:
+        look: dict[str, Any] = {"color": line.style.colour, "linestyle": line.style.dash}
+        label = line.label.replace("$", r"\$")  # no mathematics in a name
+        axes.plot(line.x, percent(line.value), marker="o", markersize=3.5, label=label, **look)
     axes.set(title=chart.title, xlabel=chart.x_name, ylabel="accuracy (%)", ylim=(0, 101))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")

@@ -31,9 +31,9 @@ def show_on_wandb(run: Run, results: Results) -> None:
     """
     shown: dict[str, Any] = {
         name: wandb.plot.line_series(
-            [x for x, _ in chart.lines.values()],
-            [y for _, y in chart.lines.values()],
-            keys=list(chart.lines),
+            [line.x for line in chart.lines],
+            [line.value for line in chart.lines],
+            keys=[line.label for line in chart.lines],
             title=chart.title,
             xname=chart.x_name,
             split_table=True,
@@ -52,8 +52,8 @@ def show_on_wandb(run: Run, results: Results) -> None:
         shown["eval/report"] = wandb.Html(report, inject=False)
     run.log(shown)
     run.summary.update(results.scalars)
-    run.config.update({"evaluation": dict(results.about.get("run", {}))}, allow_val_change=True)
-    if results.settings["logger"].get("artifacts"):
+    run.config.update({"evaluation": dict(results.facts)}, allow_val_change=True)
+    if results.config["logger"].get("artifacts"):
         _keep_files(run, results)
 
 
