@@ -32,7 +32,8 @@ PAGE = (ROOT / "docs" / "dashboards.md").read_text()
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
-    done = run("train.py", *SHORT, *ASKED, *OFFLINE, f"run_dir={run_dir}")
+    periodic = ["callbacks.periodic.every_n_epochs=1", "callbacks.periodic.subset=first:10"]
+    done = run("train.py", *SHORT, *ASKED, *periodic, *OFFLINE, f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -66,8 +67,15 @@ def test_the_numbers_are_those_of_the_run_folder(log, trained):
     lines = (trained / "metrics.csv").read_text().splitlines()
     place = lines[0].split(",").index("val/robust_acc")
     accuracies = [float(line.split(",")[place]) for line in lines[1:]]
-    assert values(log, "val/robust_acc") == list(enumerate(pytest.approx(accuracies).expected))
+    assert values(log, "val/robust_acc") == list(enumerate(accuracies))
     assert log.summary["val/robust_acc"] == {"max": max(accuracies)}
+
+
+def test_the_evaluators_during_the_training_have_their_best_in_the_summary(log):
+    name = "periodic/pgd20/raw/robust_accuracy"
+    accuracies = values(log, name)
+    assert [epoch for epoch, _ in accuracies] == [0, 1]
+    assert log.summary[name] == {"max": max(value for _, value in accuracies)}
 
 
 def test_an_evaluation_that_is_made_again_goes_on_in_its_run(trained, tmp_path, monkeypatch):
@@ -213,7 +221,8 @@ def test_the_commands_of_the_page_compose(command):
 
 
 def test_the_page_names_what_is_logged(log):
-    named = {key for key in log.keys | set(log.summary) if key.split("/")[0] in ("train", "val", "eval")}
+    groups = ("train", "val", "periodic", "eval")
+    named = {key for key in log.keys | set(log.summary) if key.split("/")[0] in groups}
     cells = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
     rules = [re.sub(r"<[^>]*>", "[^/]+", name) for cell in cells for name in re.findall("`(.*?)`", cell)]
     rules = [f"{rule}(_low|_high|_n)?" for rule in rules if not rule.endswith("*")]
