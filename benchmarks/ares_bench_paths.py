@@ -1,4 +1,4 @@
-"""Models that know a few real images, so that the whole of ARES-Bench can be run where there are no trained weights.
+"""Models that know a few real images, to run the whole of ARES-Bench where there are no trained weights.
 
     python benchmarks/ares_bench_paths.py imagenet-100 heads resnet50_normal vits_normal
     python evaluate.py model=zoo/resnet50_normal model.weights=heads/resnet50_normal.pth data=imagenet \
@@ -23,12 +23,13 @@ from ares_lightning.models import Classifier
 
 RIDGE = 1e-3
 """Weight of the penalty, relative to the mean squared length of a feature vector."""
+BATCH_SIZE = 25
 LOGIT = 10.0
 """What the head is to answer for the right class; for every other 0."""
 
 
 def make_model(key: str, root: Path) -> tuple[Classifier, float]:
-    """Return a model of the zoo with random weights under a head fitted to the images of `root`, and its accuracy."""
+    """Return a random model of the zoo under a head fitted to the images of `root`, and its accuracy on them."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         settings = [f"model=zoo/{key}", "model.weights=null", "data=imagenet", f"data.root={root}"]
         cfg = compose("evaluate", settings)
@@ -41,9 +42,6 @@ def make_model(key: str, root: Path) -> tuple[Classifier, float]:
     with torch.inference_mode():
         predictions = torch.cat([classifier(part).argmax(1) for part in images.split(BATCH_SIZE)])
     return classifier, float((predictions == data.test_set.labels).double().mean())
-
-
-BATCH_SIZE = 25
 
 
 @torch.no_grad()
