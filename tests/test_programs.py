@@ -405,7 +405,8 @@ def test_the_wheel_carries_the_configs_and_the_page(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {f"ares_lightning/conf/{path.relative_to(CONFIG_DIR)}" for path in CONFIG_DIR.rglob("*.yaml")}
     assert len(shipped) > 30
-    beside_code = {"evaluation/page.html", "models/zoo.csv", "py.typed"}
+    templates = {f"evaluation/report/templates/{name}" for name in ("report.html", "page.css", "page.js")}
+    beside_code = templates | {"models/zoo.csv", "py.typed"}
     assert shipped | {f"ares_lightning/{name}" for name in beside_code} <= names
 
 

@@ -6,6 +6,7 @@ from ares_lightning.build.devices import build_fabric
 from ares_lightning.build.evaluation import build_evaluation, build_evaluators, build_threat
 from ares_lightning.build.model import average_over_draws, build_classifier, take_weights
 from ares_lightning.build.objective import build_objective
+from ares_lightning.build.periodic import build_periodic
 from ares_lightning.build.trainer import build_trainer, check_resumed, name_wandb_run
 from ares_lightning.build.training import build_module, rehearse
 
@@ -19,6 +20,7 @@ __all__ = [
     "build_fabric",
     "build_module",
     "build_objective",
+    "build_periodic",
     "build_threat",
     "build_trainer",
     "check_keys",

@@ -29,6 +29,7 @@ from ares_lightning.evaluation.queries import QueryEvaluator
 from ares_lightning.evaluation.robustbench import IMAGES as ROBUSTBENCH_IMAGES
 from ares_lightning.evaluation.robustbench import RobustBenchEvaluator
 from ares_lightning.evaluation.run import Evaluation
+from ares_lightning.evaluation.sanity import sanity_evaluators
 from ares_lightning.evaluation.sets import FoundSets, NothingFoundError, corrupted_sets, published_sets
 
 
@@ -40,12 +41,15 @@ def build_threat(cfg: DictConfig) -> Threat:
         return Threat(cfg.threat.norm, parse_budget(cfg.threat.eps))
 
 
-def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
-    """Build what `eval` asks, on the test images that `subset` names; `robustbench` alone gives it a default."""
+def build_evaluation(cfg: DictConfig, data: RobustDataModule, images: ImageSet | None = None) -> Evaluation:
+    """Build what `eval` asks, on those of `images`, by default the test images, that `subset` names.
+
+    RobustBench's own images are the default of `subset` where `eval` has its evaluator.
+    """
     try:
         if "robustbench" in plain(cfg.get("eval")) and cfg.subset is None:
             cfg.subset = ROBUSTBENCH_IMAGES.get(data.network)
-        dataset = select_subset(data.test_set, cfg.subset)
+        dataset = select_subset(data.test_set if images is None else images, cfg.subset)
         evaluators, left_out = _built(cfg, data, dataset)
         return Evaluation(
             evaluators=evaluators,
@@ -57,6 +61,7 @@ def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
             subset=cfg.subset,
             precision=cfg.precision,
             seed=cfg.seed,
+            name=str(cfg.name),
             compile=cfg.compile,
             eot=RANDOM_DRAWS if is_random(cfg) else 1,
             save_images=_save_images(cfg),
@@ -154,6 +159,11 @@ def _transfer(case: _Case, name: str, **settings: Any) -> Sequence[Evaluator]:
     return build_transfer(name, case.cfg, case.dataset, build_threat(case.cfg), **settings)
 
 
+def _sanity(case: _Case, name: str, **settings: Any) -> Sequence[Evaluator]:
+    eot = RANDOM_DRAWS if is_random(case.cfg) else 1
+    return sanity_evaluators(build_threat(case.cfg), case.dataset, eot=eot, **settings)
+
+
 _EVALUATORS: dict[str, Callable[..., Sequence[Evaluator]]] = {
     "clean": _clean,
     "attack": _attacked,
@@ -161,6 +171,7 @@ _EVALUATORS: dict[str, Callable[..., Sequence[Evaluator]]] = {
     "transfer": _transfer,
     "frequency": _frequency,
     "robustbench": _robustbench,
+    "sanity": _sanity,
     "ood": _sets(published_sets),
     "corruptions": _sets(corrupted_sets),
 }

@@ -19,6 +19,7 @@ from ares_lightning.attacks import make_attack
 from ares_lightning.attacks.attack import check_count
 from ares_lightning.build.config import ConfigError, one_line, plain, section
 from ares_lightning.build.evaluation import build_threat
+from ares_lightning.evaluation.callback import PeriodicEvaluation
 from ares_lightning.training.checkpointing import AtomicCheckpointIO, Checkpoints
 from ares_lightning.training.cost import StepCost
 from ares_lightning.training.devices import device_settings
@@ -36,10 +37,11 @@ def build_trainer(
     stop: StopSignals | None = None,
     *,
     cost: StepCost | None = None,
+    periodic: PeriodicEvaluation | None = None,
 ) -> L.Trainer:
     """Build the Lightning Trainer with its callbacks and loggers; writes nothing yet.
 
-    stop: signals that end the training. cost: of a step, for the forecast.
+    stop: signals that end the training. cost: of a step, for the forecast. periodic: evaluates during it.
     """
     settings = {key: value for key, value in plain(cfg.trainer).items() if key not in _TRAINER_KEYS}
     for key in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch"):
@@ -54,7 +56,7 @@ def build_trainer(
         plugins.append(SLURMEnvironment(auto_requeue=False))  # `stop` sees to signals
     debugging = bool(settings["fast_dev_run"])
     loggers = [] if debugging else _loggers(cfg, run_dir)
-    callbacks = _callbacks(cfg, run_dir, None if debugging else stop, cost, checkpoints=not debugging)
+    callbacks = _callbacks(cfg, run_dir, None if debugging else stop, cost, periodic, checkpoints=not debugging)
     try:
         return L.Trainer(
             **settings,
@@ -81,12 +83,19 @@ _DEVICE_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision", 
 
 
 def _callbacks(
-    cfg: DictConfig, run_dir: Path, stop: StopSignals | None, cost: StepCost | None, *, checkpoints: bool
+    cfg: DictConfig,
+    run_dir: Path,
+    stop: StopSignals | None,
+    cost: StepCost | None,
+    periodic: PeriodicEvaluation | None,
+    *,
+    checkpoints: bool,
 ) -> list[Callback]:
     callbacks: list[Callback] = [TrainingProgress()] if cfg.callbacks.progress else []
     callbacks += [NonFiniteGuard(), Forecast(cost)]
+    callbacks += [periodic] if periodic else []
     if checkpoints:
-        callbacks += [MetricsFile(run_dir / "metrics.csv"), _checkpoints(cfg, run_dir, stop)]
+        callbacks += [MetricsFile(run_dir / "metrics.csv"), _checkpoints(cfg, run_dir, stop, periodic)]
     for name, settings in plain(cfg.get("trick")).items():
         if name not in _TRICKS:
             raise ConfigError(f"trick.{name}: expected one of {', '.join(_TRICKS)}")
@@ -95,12 +104,13 @@ def _callbacks(
     return callbacks
 
 
-def _checkpoints(cfg: DictConfig, run_dir: Path, stop: StopSignals | None) -> Checkpoints:
+def _checkpoints(
+    cfg: DictConfig, run_dir: Path, stop: StopSignals | None, periodic: PeriodicEvaluation | None
+) -> Checkpoints:
     settings = plain(cfg.callbacks.checkpoint)
-    if settings["monitor"] not in MONITORED:
-        raise ConfigError(
-            f"callbacks.checkpoint.monitor={settings['monitor']}: expected one of {', '.join(MONITORED)}"
-        )
+    known = [*MONITORED, *(periodic.metrics if periodic else ())]
+    if settings["monitor"] not in known:
+        raise ConfigError(f"callbacks.checkpoint.monitor={settings['monitor']}: expected one of {', '.join(known)}")
     with section("callbacks.checkpoint"):
         if settings["every_n_steps"] is not None:
             check_count("every_n_steps", settings["every_n_steps"])

@@ -74,15 +74,25 @@ class ExactCurve(Curve):
     def verdicts(
         self, net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
     ) -> Iterator[Verdicts]:
-        """Yield what the stages show, one after the other, each of the samples that are left."""
+        """Yield budget 0 (the clean images) and then each budget of the grid, once all stages are through."""
         left = torch.arange(len(labels), device=labels.device)
+        known: dict[float, Outcome] = {}
         for stage in self.stages:
             ids = sample_ids[left.to(sample_ids.device)]
-            broken = torch.zeros_like(left, dtype=torch.bool)
-            for answer in stage.verdicts(net, images[left], labels[left], ids, seed, passes):
-                broken = answer.outcome.broken if answer.places is None else broken
-                yield replace(answer, places=left if answer.places is None else left[answer.places])
-            left = left[~broken]
+            answers = list(stage.verdicts(net, images[left], labels[left], ids, seed, passes))
+            known = known or dict.fromkeys((0.0, *self.eps), answers[0].outcome)
+            for answer in answers:
+                places = left if answer.places is None else left[answer.places]
+                known[answer.eps] = _taken_in(known[answer.eps], places, answer.outcome)
+            left = left[~answers[0].outcome.broken]
+        for eps, outcome in known.items():
+            yield Verdicts(self.attack.name, self.attack.norm, eps, outcome)
+
+
+def _taken_in(known: Outcome, places: Tensor, found: Outcome) -> Outcome:
+    """Return `known` with its samples at `places` replaced by those found, whose passes are added."""
+    spent = {name: getattr(known, name)[places] + getattr(found, name) for name in ("forwards", "backwards")}
+    return with_found(known, places, replace(found, **spent), torch.arange(len(places), device=places.device))
 
 
 @dataclass(frozen=True)

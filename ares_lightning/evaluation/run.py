@@ -24,6 +24,7 @@ from ares_lightning.evaluation.evaluators import Evaluator, SetsEvaluator
 from ares_lightning.evaluation.examples import write_examples
 from ares_lightning.evaluation.fingerprints import model_fingerprint, set_fingerprint, source_fingerprint
 from ares_lightning.evaluation.progress import EvaluationProgress
+from ares_lightning.evaluation.sanity import Probes, SanityAttack, run_checks, sanity_report, take_probes
 from ares_lightning.evaluation.summary import summarise
 from ares_lightning.evaluation.verdicts import SCHEMA, Ledger
 from ares_lightning.evaluation.workers import Workers
@@ -59,10 +60,10 @@ class Evaluation:
     evaluators: asked in this order; threat: the threat model of the headline; precision: `fp32` or `fp64`, or
     `bf16` for searches under bf16 autocast with verdicts in fp32; seed: of all noise; dataset: the images; subset:
     how they were chosen from their set, for the record; loader: makes batches of a set in canonical order,
-    `loader(dataset, batch_size=<images>)`; batch_size: images in one pass of the network; compile: by
-    torch.compile, which takes a while and pays off in long evaluations; eot: draws of a randomised model in a clean
-    prediction, attacks have their own; save_images: keep adversarial images; raises: what fails in an evaluator is
-    raised at once; left_out: evaluators of a suite that lack what they need, for the record.
+    `loader(dataset, batch_size=<images>)`; batch_size: images in one pass of the network; name: of the model;
+    compile: by torch.compile, which takes a while and pays off in long evaluations; eot: draws of a random model
+    in a clean prediction, attacks have their own; save_images: keep adversarial images; raises: what fails in an
+    evaluator is raised at once; left_out: evaluators of a suite that lack what they need, for the record.
     """
 
     evaluators: Sequence[Evaluator]
@@ -73,6 +74,7 @@ class Evaluation:
     subset: str | None = None
     precision: str = "fp32"
     seed: int = 0
+    name: str = "model"
     compile: bool = False
     eot: int = 1
     save_images: bool = False
@@ -185,16 +187,21 @@ class Evaluation:
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                 "seconds": round(time.time() - started, 3),
             }
+            probes = self._probed(asking, results.failed)
             about = {
                 "run": about_run(net, **facts),
-                "models": {asking.model_fingerprint: None} | self.asked_of(asking.model_fingerprint).models,
+                "models": self.asked_of(asking.model_fingerprint).models | {asking.model_fingerprint: self.name},
                 "sets": about_sets(self.questions),
                 "not_found": list(self.not_found),
                 "skipped": left_out,
                 "evaluators": about_evaluators(answered),
                 "failed": [asdict(failure) for failure in results.failed],
             }
+            own = results.verdicts["model_fingerprint"].to_numpy() == asking.model_fingerprint
+            judged = (self.threat, self.dataset.name, probes, self.eot)
+            checks = run_checks(results.verdicts.filter(own).to_pandas(), results.summary, about, *judged)
             write_json(run_dir / "about.json", about)
+            write_json(run_dir / "sanity.json", sanity_report(checks, asking.model_fingerprint, probes))
             write_json(run_dir / "summary.json", results.summary)
         workers.share(None)  # nobody leaves before the leader is done
         return replace(results, skipped=left_out)
@@ -260,6 +267,19 @@ class Evaluation:
             summarise(answered, fingerprint, self.threat, self.dataset.name, self.subset) if workers.leads else []
         )
         return Results(summary, failed, verdicts), asking, answered
+
+    def _probed(self, asking: Asking, failed: list[Failure]) -> Probes | None:
+        """Return what was measured on the model, where that is asked for; what fails is added to `failed`."""
+        subset = next((e.own_sets[0] for e in self.evaluators if isinstance(e, SanityAttack)), None)
+        if subset is None:
+            return None
+        images, labels, _ids = next(iter(asking.loader(subset, batch_size=len(subset))))
+        given = (asking.net, asking.pixels(images), labels.to(asking.device), self.threat)
+        try:
+            return take_probes(*given, seed=self.seed, batch_size=self.batch_size)
+        except ValueError as error:
+            failed.append(Failure("sanity", self.dataset.name, " ".join(str(error).split())))
+            return None
 
     def _fingerprint(self, evaluator: Evaluator, dataset: ImageSet) -> str:
         """Return a hash of everything that decides a verdict on a given model and sample."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from networks import Counting, SmallNet, predicted
@@ -11,7 +9,6 @@ from networks import Counting, SmallNet, predicted
 from ares_lightning.attacks import make_attack
 from ares_lightning.attacks.passes import Passes
 from ares_lightning.evaluation.curves import BisectedCurve, BracketedCurve, ExactCurve, curve_budgets
-from ares_lightning.evaluation.evaluators import with_found
 
 GRID = (0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2)
 
@@ -27,14 +24,7 @@ def case():
 
 
 def answers(curve, net, images, labels, ids):
-    """The verdicts on all samples at each budget, from whichever part of the curve they come."""
-    clean, *rest = curve.verdicts(net, images, labels, ids, 0, Passes(batch_size=16))
-    found = {0.0: clean.outcome}
-    for answer in rest:
-        places = torch.arange(len(labels)) if answer.places is None else answer.places
-        known = found.get(answer.eps, clean.outcome)
-        found[answer.eps] = with_found(known, places, answer.outcome, torch.arange(len(places)))
-    return [replace(clean, eps=eps, outcome=found[eps]) for eps in sorted(found)]
+    return list(curve.verdicts(net, images, labels, ids, 0, Passes(batch_size=16)))
 
 
 def broken(verdicts):

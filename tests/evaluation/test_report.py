@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ares_lightning.evaluation.figures import eps_text
 from ares_lightning.evaluation.metrics import wilson_interval
-from ares_lightning.evaluation.report import find_runs, main, write_figure, write_report
+from ares_lightning.evaluation.report import find_runs, write_figure, write_report
+from ares_lightning.evaluation.report.__main__ import main
+from ares_lightning.evaluation.report.rows import eps_text
 
 
 def row(evaluator: str, right: int, eps: float | None, norm: str | None = "linf", **other: Any) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def page_of(*runs: Path) -> str:
 
 
 def rows_of(page: str, table: str) -> list[list[str]]:
-    body = re.search(rf'<table class="{table}">.*?<tbody>(.*?)</tbody>', page, re.DOTALL)
+    body = re.search(rf'<table class="{table}".*?<tbody>(.*?)</tbody>', page, re.DOTALL)
     assert body
     cells = [re.findall(r"<td.*?>(.*?)</td>", line, re.DOTALL) for line in body[1].split("</tr>")[:-1]]
     return [[" ".join(re.sub(r"<.*?>", " ", cell).split()) for cell in line] for line in cells]
@@ -84,12 +85,12 @@ def test_the_table_holds_every_row_of_the_summary(tmp_path: Path) -> None:
     table = rows_of(page_of(make_run(tmp_path / "run")), "all")
     assert len(table) == len(FULL)
     for cells, source in zip(table, FULL, strict=True):
-        low, high = (float(bound) for bound in cells[7].split("–"))  # noqa: RUF001
-        assert cells[1] == source["evaluator"]
-        assert [float(cells[6]), low, high] == pytest.approx(
+        low, high = (float(bound) for bound in cells[6].split("–"))  # noqa: RUF001
+        assert cells[0] == source["evaluator"]
+        assert [float(cells[5]), low, high] == pytest.approx(
             [100 * source[k] for k in ("value", "low", "high")], abs=5e-3
         )
-        assert int(cells[8]) == source["n"]
+        assert int(cells[7]) == source["n"]
 
 
 def test_the_headline_is_the_worst_case(tmp_path: Path) -> None:
@@ -116,13 +117,14 @@ def test_without_a_worst_case_the_headline_is_the_strongest_attack_at_the_threat
 
 def test_the_curve_in_the_page_has_the_values_of_the_summary(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "run"))
-    traces = [json.loads(data) for data in re.findall(r"newPlot\(\s*\"[\w-]+\",\s*(\[.*?\]),\s*\{\"", page)]
-    band, curve = traces[0]
+    drawn = re.findall(r'data-chart="([\w-]+)">(.*?)</script>', page)
+    traces = {name: json.loads(figure)["data"] for name, figure in drawn}
+    band, curve = traces["curve-linf"]
     assert (curve["x"], curve["y"]) == ([0.0, 0.05, 0.1, 0.2], [96.5, 80.0, 63.5, 20.5])
     assert band["y"] == [
         100 * FULL[at][k] for k, order in (("high", (2, 3, 4, 5)), ("low", (5, 4, 3, 2))) for at in order
     ]
-    assert [trace["y"] for trace in traces[1]] == [[71.0, 81.25], [40.0, 50.0]]
+    assert [trace["y"] for trace in traces["training"]] == [[71.0, 81.25], [40.0, 50.0]]
 
 
 def test_the_page_asks_for_nothing_from_outside(tmp_path: Path) -> None:
@@ -217,16 +219,25 @@ def test_the_command_line_finds_runs_and_prints_what_it_wrote(
         ("summary.json", b'[{"evaluator": "clean"}]', "summary.json: is not a summary"),
         ("summary.json", b'{"clean": 1}', "summary.json: is not a summary"),
         ("summary.json", json.dumps([{**FULL[0], "value": None}]).encode(), "None is not a number"),
+        ("summary.json", json.dumps([{**FULL[0], "value": float("nan")}]).encode(), "nan is not a number"),
         ("config.yaml", b"a: [", "config.yaml: is not readable YAML"),
         ("config.yaml", b"threat: {norm: linf, eps: large}", "config.yaml: threat.eps=large"),
         ("metrics.csv", b"epoch,val/clean_acc\n0,high\n", "metrics.csv: is not a readable table"),
         ("examples.npz", b"PK", "examples.npz: is not a readable file of examples"),
+        ("about.json", b'{"sets": [{}]}', "about.json: is not what an evaluation writes"),
+        ("about.json", b'{"run": {"versions": 3}}', "about.json: is not what an evaluation writes"),
+        ("about.json", b'{"evaluators": [{"set": "x"}]}', "about.json: is not what an evaluation writes"),
+        ("sanity.json", b'{"checks": [{"check": "a", "title": "b", "verdict": "good"}]}', "verdict=good"),
+        ("sanity.json", b"[]", "sanity.json: is not what an evaluation writes"),
+        ("verdicts/part-00000.parquet", b"PAR1", "part-00000.parquet: is not a readable verdict table"),
     ],
 )
 def test_a_broken_file_is_named_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: bytes, said: str
 ) -> None:
-    (make_run(tmp_path / "run") / file).write_bytes(content)
+    broken = make_run(tmp_path / "run") / file
+    broken.parent.mkdir(exist_ok=True)
+    broken.write_bytes(content)
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert said in error
