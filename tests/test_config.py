@@ -21,7 +21,10 @@ from ares_lightning.training.optim import OptimSettings
 
 NORMS = {row.name: row.norms for row in list_attacks()}
 L2_ONLY = [name for name, norms in NORMS.items() if norms == ("l2",)]
-NO_ATTACK = ("quick", "attack", "clean", "ood", "corruptions")
+SUITES = ("quick", "curve", "unseen", "blackbox", "ares_bench")
+NO_ATTACK = (*SUITES, "attack", "clean", "ood", "corruptions", "frequency", "transfer")
+OWN_NORMS = {"curve_l1": "l1", "curve_l2": "l2", "autoattack_l1": "l1", "autoattack_l2": "l2"}
+OWN_NORMS |= {"boundary": "l2", "evolutionary": "l2"}
 GENERATOR = ["attack.generator=weights.pt"]
 
 
@@ -75,7 +78,8 @@ def test_an_evaluators_config_holds_every_setting_of_its_attack(name):
     assert list(config) == [name]
     attack = only_evaluator(f"eval=[{name}]").attack
     assert set(config[name].attack) == {"name"} | {field.name for field in dataclasses.fields(attack)}
-    assert attack.threat == build.build_threat(composed())
+    threat = build.build_threat(composed())
+    assert (attack.norm == OWN_NORMS[name]) if name in OWN_NORMS else (attack.threat == threat)
 
 
 def test_autoattack_is_the_standard_version_at_the_threat_model():
@@ -171,11 +175,20 @@ MISTAKES = [
     ),
     (["eval=[autoattack]", "eval.autoattack.targets=random"], "autoattack knows no targeted form"),
     (["eval=[attack]", "attack=spsa", "threat.norm=l1"], "eval.attack.attack.norm=l1: spsa knows linf, l2"),
-    (["eval=[curve]", "eval.curve.mode=fast"], "eval.curve.mode=fast: expected one of exact, bracketed, bisected"),
-    (["eval=[curve]", "+eval.curve.start=0.1"], "eval.curve.start=0.1: not a key of mode=exact"),
+    (
+        ["eval=[curve_threat]", "eval.curve_threat.mode=fast"],
+        "eval.curve_threat.mode=fast: expected one of exact, bracketed, bisected",
+    ),
+    (
+        ["eval=[curve_threat]", "+eval.curve_threat.start=0.1"],
+        "eval.curve_threat.start=0.1: not a key of mode=exact",
+    ),
     (["eval=[curve_ares]", "eval.curve_ares.start=0"], "eval.curve_ares.start=0: expected a budget above 0"),
     (["eval=[curve_ares]", "eval.curve_ares.doublings=0"], "eval.curve_ares.doublings=0: expected a whole number"),
-    (["eval=[curve]", "eval.curve.eps=[0.2,0.1]"], "eval.curve.eps=.*: expected a rising list"),
+    (
+        ["eval=[curve_threat]", "eval.curve_threat.eps=[0.2,0.1]"],
+        "eval.curve_threat.eps=.*: expected a rising list",
+    ),
     (["eval=[pgd20]", "+eval.pgd20.speed=1"], "eval.pgd20.speed: no such key"),
     (
         ["eval=[pgd20]", "eval.pgd20.type=fast"],
