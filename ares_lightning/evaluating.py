@@ -13,6 +13,7 @@ from ares_lightning.build import ConfigError
 from ares_lightning.data import ImageError, RobustDataModule
 from ares_lightning.evaluation.curves import Curve
 from ares_lightning.evaluation.report import write_report
+from ares_lightning.evaluation.robustbench import RobustBenchEvaluator, write_record
 from ares_lightning.evaluation.run import Evaluation, Failure
 from ares_lightning.evaluation.workers import Workers
 
@@ -68,6 +69,8 @@ def run_evaluation(
     if results.skipped:
         print(f"skipped: {len(results.skipped)} images that cannot be used, listed in {run_dir / 'about.json'}")
     metrics = _say_results(evaluation, results.summary)
+    if any(isinstance(evaluator, RobustBenchEvaluator) for evaluator in evaluation.evaluators):
+        print(write_record(run_dir))
     print(f"report: {report}")
     return Evaluated(metrics, results.failed)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ares_lightning.attacks import parse_budget
 from ares_lightning.build import build_classifier
 from ares_lightning.evaluation.fingerprints import model_fingerprint
+from ares_lightning.evaluation.robustbench import leaderboard_record
 from ares_lightning.models import Classifier, load_network, read_checkpoint
 from ares_lightning.models.checkpoints import find_checkpoint
 from ares_lightning.models.classifier import ARCHITECTURES
@@ -123,48 +122,14 @@ def _write_timm(
 def _write_robustbench(
     classifier: Classifier, config: dict[str, Any], numbers: Sequence[dict[str, Any]], name: str, output: Path
 ) -> str:
-    threat = config["threat"]
-    eps = parse_budget(threat["eps"])
-    under_autoattack = percent(numbers, "robust_accuracy", "autoattack", threat["norm"], eps)
-    facts = {
-        "link": None,
-        "name": name,
-        "authors": None,
-        "additional_data": None,
-        "number_forward_passes": 1,
-        "dataset": config["data"]["name"],
-        "venue": None,
-        "architecture": config["model"]["name"],
-        "eps": str(threat["eps"]),
-        "clean_acc": percent(numbers, "clean_accuracy", "none", None, 0.0),
-        "reported": under_autoattack,
-        "autoattack_acc": under_autoattack,
-        "unreliable": False,
-    }
+    facts = leaderboard_record(config, numbers, name)
     output.mkdir(parents=True, exist_ok=True)
     torch.save(_weights(classifier), output / f"{name}.pt")
     (output / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     mean, std = _normalisation(classifier)
     return _USAGE["robustbench"].format(
-        name=name, mean=mean, std=std, norm=NORMS[threat["norm"]], dataset=config["data"]["name"]
+        name=name, mean=mean, std=std, norm=NORMS[config["threat"]["norm"]], dataset=config["data"]["name"]
     )
-
-
-def percent(
-    numbers: Sequence[dict[str, Any]], metric: str, attack: str, norm: str | None, eps: float
-) -> str | None:
-    """Return the accuracy under an attack at one budget, in percent, of the summary row with the most images.
-
-    None where no row is about it; accuracy at other budgets, as of a curve, and targeted accuracy are not meant.
-    """
-    rows = [
-        row
-        for row in numbers
-        if (row["attack"], row["norm"], row["metric"]) == (attack, norm, metric)
-        and row["eps"] is not None
-        and math.isclose(row["eps"], eps)
-    ]
-    return f"{100 * max(rows, key=lambda row: row['n'])['value']:.2f}" if rows else None
 
 
 def _write_safetensors(

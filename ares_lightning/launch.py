@@ -36,6 +36,7 @@ from ares_lightning.build import (
     build_evaluation,
     build_fabric,
     build_module,
+    build_periodic,
     build_trainer,
     check_keys,
     check_resumed,
@@ -45,6 +46,7 @@ from ares_lightning.build import (
 )
 from ares_lightning.data import VARIANTS, ImageError
 from ares_lightning.evaluating import EvaluatorFailedError, run_evaluation
+from ares_lightning.evaluation.plan import plan
 from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.evaluation.workers import Workers
 from ares_lightning.models import ZOO, CheckpointError, Classifier, load_network, read_checkpoint
@@ -112,7 +114,7 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         run_dir = start.run_dir or new_run_dir(cfg)
         if start.path is not None and start.checkpoint is not None:
             load_network(net, trained_weights(start.checkpoint, start.path, "raw"), start.path)
-        trainer = build_trainer(cfg, run_dir, stop, cost=cost)
+        trainer = build_trainer(cfg, run_dir, stop, cost=cost, periodic=build_periodic(cfg, data, run_dir))
     if is_main_process():
         if taken:
             print(taken)
@@ -131,35 +133,35 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
             outcome = run_evaluation(evaluation, data, net, run_dir, module.device, workers)
             metrics |= outcome.metrics
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into SystemExit
-        _end_other_processes(trainer)
+        _end_other_processes(trainer.strategy)
         if isinstance(error, SystemExit) and not trainer.interrupted:
             raise
         raise KeyboardInterrupt(f"{goes_on} from the last checkpoint") from error
     except Stopped as stopped:
-        _end_other_processes(trainer)
+        _end_other_processes(trainer.strategy)
         line = f"stopped by {stopped.name} at step {trainer.global_step}; {goes_on}"
         if trainer.is_global_zero and cfg.launch.requeue and stopped.signum in REQUEUE_SIGNALS:
             line = f"{line}\n{requeue()}"
         raise Stopped(stopped.signum, line) from stopped
     except WriteError as error:
-        _end_other_processes(trainer)
+        _end_other_processes(trainer.strategy)
         raise WriteError(f"{error}; {goes_on} once there is room") from error
     except WandbError as error:
         raise ConfigError(f"logger=wandb: {error}; `wandb login`, or logger.offline=true") from error
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     except NonFiniteError as error:
-        _end_other_processes(trainer)
+        _end_other_processes(trainer.strategy)
         last = run_dir / "checkpoints" / "last.ckpt"
         kept = f"{last} is from before" if last.is_file() else "no checkpoint had been written yet"
         raise ConfigError(f"{error}; {kept}") from error
     except ValueError as error:
         if not str(error).startswith("data."):
             raise
-        _end_other_processes(trainer)
+        _end_other_processes(trainer.strategy)
         raise ConfigError(str(error)) from error
     except RuntimeError as error:
-        _end_other_processes(trainer)
+        _end_other_processes(trainer.strategy)
         if "DataLoader worker" not in str(error):
             raise
         raise ConfigError(
@@ -179,9 +181,9 @@ REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Those that say that a job's time is over; whoever sends SIGTERM decides by himself what becomes of the job."""
 
 
-def _end_other_processes(trainer: L.Trainer) -> None:
+def _end_other_processes(strategy: Any) -> None:
     """Kill the processes that Lightning has started, which would wait for this one."""
-    launcher = trainer.strategy.launcher
+    launcher = strategy.launcher
     if launcher is not None:
         launcher.kill(signal.SIGKILL)
 
@@ -211,13 +213,21 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
                 print(taken)
         else:
             load_network(net, trained_weights(checkpoint, path, cfg.weights), path)
+        if cfg.plan:
+            if is_main_process():
+                print(plan(evaluation, net, fabric.device, fabric.world_size).text)
+            return {}
         run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / str(cfg.name) / evaluation.fingerprint(net))
         if is_main_process():
             _check_evaluation_folder(evaluation, net, run_dir)
     if is_main_process():
         write_config(cfg, run_dir)
     fabric.launch()
-    outcome = run_evaluation(evaluation, data, net, run_dir, fabric.device, Workers.current())
+    try:
+        outcome = run_evaluation(evaluation, data, net, run_dir, fabric.device, Workers.current())
+    except BaseException:
+        _end_other_processes(fabric.strategy)
+        raise
     outcome.check()
     return outcome.metrics
 

@@ -16,7 +16,7 @@ from ares_lightning.attacks import make_attack
 from ares_lightning.data import ImageSet, Wishes, load_image_sets
 from ares_lightning.data.keyed import stratified_split
 from ares_lightning.data.sources import class_folders, source_of_folders
-from ares_lightning.models import Classifier, load_network, make_classifier
+from ares_lightning.models import load_weights, make_classifier
 from ares_lightning.models.folding import fold_batchnorm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -62,7 +62,9 @@ def make_subject(
 ) -> Subject:
     """Load the CIFAR ResNet-20 of a weights file and images of a folder; without files, train a CNN on digits."""
     if weights is not None and folder is not None:
-        network: nn.Module = Classifier(_load_resnet20(weights), IMAGENET_MEAN, IMAGENET_STD)
+        facts = {"in_chans": 3, "num_classes": 10, "img_size": 32}
+        network = make_classifier("resnet20", **facts, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        load_weights(network, weights)
         images, labels = _read_folder(folder, num_images, seed)
         num_classes, eps, name = 10, CIFAR_EPS if eps is None else eps, f"{kind} ResNet-20 ({weights.name})"
     else:
@@ -92,53 +94,6 @@ def make_subject(
         folding=str(folded),
         channels_last=faster,
     )
-
-
-class ResNet20(nn.Module):
-    """ResNet-20 for 32x32 images, shortcuts of option A (He et al. 2016, arXiv 1512.03385, section 4.2)."""
-
-    def __init__(self, num_classes: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(_Block(16, 16) for _ in range(3)))
-        self.layer2 = nn.Sequential(_Block(16, 32), _Block(32, 32), _Block(32, 32))
-        self.layer3 = nn.Sequential(_Block(32, 64), _Block(64, 64), _Block(64, 64))
-        self.linear = nn.Linear(64, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images [N, 3, H, W] to logits [N, num_classes]."""
-        x = F.relu(self.bn1(self.conv1(images)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
-        return logits
-
-
-class _Block(nn.Module):
-    """Two 3x3 convolutions; where the width grows, the shortcut takes every other pixel and pads with zeros."""
-
-    def __init__(self, in_chans: int, out_chans: int) -> None:
-        super().__init__()
-        self.stride, self.padding = (1, 0) if in_chans == out_chans else (2, (out_chans - in_chans) // 2)
-        self.conv1 = nn.Conv2d(in_chans, out_chans, 3, self.stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_chans)
-        self.conv2 = nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_chans)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.padding:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
-        return F.relu(y + x)
-
-
-def _load_resnet20(path: Path) -> ResNet20:
-    """Read a state dict, plain or under `state_dict`, with or without the prefix of DataParallel."""
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    weights = {key.removeprefix("module."): value for key, value in stored.get("state_dict", stored).items()}
-    network = ResNet20()
-    load_network(network, weights, path, prefix="")
-    return network
 
 
 def _read_folder(folder: Path, num_images: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -72,6 +72,15 @@ def wait_for(path: Path, process: subprocess.Popen[str], newer_than: int = 0) ->
         time.sleep(0.01)
 
 
+def wait_for_parts(run_dir: Path, process: subprocess.Popen[str], more_than: int = 0) -> None:
+    """Wait until a running evaluation has written verdicts."""
+    deadline = time.monotonic() + 120
+    while len(list((run_dir / "verdicts").glob("part-*.parquet"))) <= more_than:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def last_weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ares_lightning.models import make_classifier
+from ares_lightning.models.resnet20 import ResNet20
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attacks.py"
 
@@ -144,7 +145,7 @@ def test_the_page_shows_the_results_as_they_are():
 def test_a_resnet20_is_read_from_published_weights_and_images_from_a_folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     subjects = importlib.import_module("subjects")
-    weights = {f"module.{key}": value for key, value in subjects.ResNet20().state_dict().items()}
+    weights = {f"module.{key}": value for key, value in ResNet20().state_dict().items()}
     torch.save({"state_dict": weights}, tmp_path / "weights.th")
     for k in range(8):
         (tmp_path / "images" / f"class{k % 2}").mkdir(parents=True, exist_ok=True)

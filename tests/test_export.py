@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ares_lightning.export import percent
+from ares_lightning.evaluation.robustbench import percent
 from ares_lightning.launch import train_main
 from ares_lightning.models import load_network, make_classifier, read_checkpoint
 from ares_lightning.models.__main__ import main

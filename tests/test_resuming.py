@@ -28,6 +28,7 @@ from processes import (
     same_weights,
     start,
     wait_for,
+    wait_for_parts,
     wandb_records,
 )
 from wandb.proto.wandb_internal_pb2 import Record
@@ -288,7 +289,7 @@ def test_a_training_killed_before_its_first_checkpoint_begins_again(whole, tmp_p
 def test_a_training_killed_in_its_evaluation_goes_on_with_that(tmp_path):
     evaluation = ["eval=[clean,pgd20]", "subset=first:200", "data.eval_batch_size=4"]
     process = start("train.py", *SHORT, *evaluation, f"run_dir={tmp_path}")
-    wait_for(tmp_path / "verdicts" / "part-00002.parquet", process)
+    wait_for_parts(tmp_path, process, more_than=1)
     process.kill()
     finish(process)
     before = last_weights(tmp_path)
@@ -306,7 +307,7 @@ def test_a_training_killed_in_its_evaluation_goes_on_with_that(tmp_path):
 def test_a_signal_in_the_evaluation_ends_it_at_once(tmp_path):
     evaluation = ["eval=[clean,pgd20]", "subset=first:200", "data.eval_batch_size=4", "eval.pgd20.attack.steps=500"]
     process = start("train.py", *SHORT, *evaluation, f"run_dir={tmp_path}")
-    wait_for(tmp_path / "verdicts" / "part-00000.parquet", process)
+    wait_for_parts(tmp_path, process)
     process.send_signal(signal.SIGTERM)
     done = finish(process)
     assert done.returncode == 128 + signal.SIGTERM

@@ -53,7 +53,7 @@ _GROUPS = (
 )
 _SINGLE_KEYS = (
     *("threat", "name", "seed", "run_dir", "ckpt", "resume"),
-    *("weights", "subset", "precision", "compile", "verdicts"),
+    *("weights", "subset", "precision", "compile", "plan", "verdicts"),
 )
 
 
@@ -66,6 +66,8 @@ def check_keys(cfg: DictConfig) -> None:
         raise ConfigError(f"seed={cfg.seed}: expected a whole number from 0 to 4294967295")
     if type(cfg.compile) is not bool:
         raise ConfigError(f"compile={cfg.compile}: expected true or false")
+    if type(cfg.get("plan", False)) is not bool:
+        raise ConfigError(f"plan={cfg.plan}: expected true or false")
     if cfg.weights not in (None, *WHICH):
         raise ConfigError(f"weights={cfg.weights}: expected null or one of {', '.join(WHICH)}")
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from omegaconf import DictConfig
 
-from ares_lightning.attacks import Attack, Threat, make_attack, parse_budget
+from ares_lightning.attacks import Attack, Threat, parse_budget
 from ares_lightning.attacks.autoattack import RANDOM_DRAWS
 from ares_lightning.attacks.threat import BALLS
+from ares_lightning.build.budgets import attack_at_budget
 from ares_lightning.build.config import ConfigError, plain, section
 from ares_lightning.build.model import is_random
+from ares_lightning.build.transfer import build_transfer
 from ares_lightning.data import (
     ImageSet,
     RobustDataModule,
@@ -21,8 +23,14 @@ from ares_lightning.data import (
 )
 from ares_lightning.evaluation.curves import BisectedCurve, BracketedCurve, Curve, ExactCurve, curve_budgets
 from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator, Evaluator, SetsEvaluator
+from ares_lightning.evaluation.frequency import FrequencyEvaluator, low_pass_radii
+from ares_lightning.evaluation.queries import KINDS as QUERY_KINDS
+from ares_lightning.evaluation.queries import QueryEvaluator
+from ares_lightning.evaluation.robustbench import IMAGES as ROBUSTBENCH_IMAGES
+from ares_lightning.evaluation.robustbench import RobustBenchEvaluator
 from ares_lightning.evaluation.run import Evaluation
-from ares_lightning.evaluation.sets import FoundSets, corrupted_sets, published_sets
+from ares_lightning.evaluation.sanity import sanity_evaluators
+from ares_lightning.evaluation.sets import FoundSets, NothingFoundError, corrupted_sets, published_sets
 
 
 def build_threat(cfg: DictConfig) -> Threat:
@@ -33,12 +41,19 @@ def build_threat(cfg: DictConfig) -> Threat:
         return Threat(cfg.threat.norm, parse_budget(cfg.threat.eps))
 
 
-def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
-    """Build what `eval` asks, on the test images that `subset` names."""
+def build_evaluation(cfg: DictConfig, data: RobustDataModule, images: ImageSet | None = None) -> Evaluation:
+    """Build what `eval` asks, on those of `images`, by default the test images, that `subset` names.
+
+    RobustBench's own images are the default of `subset` where `eval` has its evaluator.
+    """
     try:
-        dataset = select_subset(data.test_set, cfg.subset)
+        if "robustbench" in plain(cfg.get("eval")) and cfg.subset is None:
+            cfg.subset = ROBUSTBENCH_IMAGES.get(data.network)
+        dataset = select_subset(data.test_set if images is None else images, cfg.subset)
+        evaluators, left_out = _built(cfg, data, dataset)
         return Evaluation(
-            evaluators=build_evaluators(cfg, data, dataset),
+            evaluators=evaluators,
+            left_out=left_out,
             threat=build_threat(cfg),
             dataset=dataset,
             loader=data.evaluation_loader,
@@ -46,6 +61,7 @@ def build_evaluation(cfg: DictConfig, data: RobustDataModule) -> Evaluation:
             subset=cfg.subset,
             precision=cfg.precision,
             seed=cfg.seed,
+            name=str(cfg.name),
             compile=cfg.compile,
             eot=RANDOM_DRAWS if is_random(cfg) else 1,
             save_images=_save_images(cfg),
@@ -64,26 +80,65 @@ def _save_images(cfg: DictConfig) -> bool:
 
 def build_evaluators(cfg: DictConfig, data: RobustDataModule, dataset: ImageSet) -> Sequence[Evaluator]:
     """Build the evaluators of `eval`, in the order in which they are named, for the test images `dataset`."""
+    return _built(cfg, data, dataset)[0]
+
+
+def _built(cfg: DictConfig, data: RobustDataModule, dataset: ImageSet) -> tuple[list[Evaluator], tuple[str, ...]]:
+    """Build the evaluators, and name those left out because they are not `needed` and lack what they are about."""
     evaluators: list[Evaluator] = []
+    left_out: list[str] = []
+    case = _Case(cfg, data, dataset)
     for name, settings in plain(cfg.get("eval")).items():
         kind = settings.pop("type", None)
-        if kind not in _EVALUATORS and kind not in _SETS:
-            raise ConfigError(f"eval.{name}.type={kind}: expected one of {', '.join([*_EVALUATORS, *_SETS])}")
+        if kind not in _EVALUATORS:
+            raise ConfigError(f"eval.{name}.type={kind}: expected one of {', '.join(_EVALUATORS)}")
+        needed = settings.pop("needed", True)
         if "attack" in settings:
-            settings["attack"] = _attack(f"eval.{name}.attack", settings["attack"])
+            with section(f"eval.{name}.attack"):
+                settings["attack"] = attack_at_budget(settings["attack"], cfg, build_threat(cfg))
         with section(f"eval.{name}"):
-            if kind in _SETS:
-                found = _SETS[kind](data, dataset, **settings)
-                evaluators.append(SetsEvaluator(name, *found, subset=settings.get("subset", cfg.subset)))
-            else:
-                evaluators.append(_EVALUATORS[kind](name, **settings))
-    return evaluators
+            try:
+                evaluators += _EVALUATORS[kind](case, name, **settings)
+            except NothingFoundError:
+                if needed:
+                    raise
+                left_out.append(name)
+    return evaluators, tuple(left_out)
 
 
-_SETS: dict[str, Callable[..., FoundSets]] = {"ood": published_sets, "corruptions": corrupted_sets}
+@dataclass(frozen=True)
+class _Case:
+    """What evaluators are built for."""
+
+    cfg: DictConfig
+    data: RobustDataModule
+    dataset: ImageSet
 
 
-def _curve(name: str, attack: Attack, eps: Sequence[object] | None, mode: str, **settings: Any) -> Curve:
+def _sets(find: Callable[..., FoundSets]) -> Callable[..., list[Evaluator]]:
+    def build(case: _Case, name: str, **settings: Any) -> list[Evaluator]:
+        found = find(case.data, case.dataset, **settings)
+        return [SetsEvaluator(name, *found, subset=settings.get("subset", case.cfg.subset))]
+
+    return build
+
+
+def _clean(case: _Case, name: str) -> list[Evaluator]:
+    return [CleanEvaluator(name, subset=case.cfg.subset)]
+
+
+def _attacked(case: _Case, name: str, attack: Attack, **settings: Any) -> list[Evaluator]:
+    kind = QueryEvaluator if attack.kind in QUERY_KINDS else AttackEvaluator
+    return [kind(name, attack, **settings, subset=case.cfg.subset)]
+
+
+def _robustbench(case: _Case, name: str, attack: Attack) -> list[Evaluator]:
+    return [RobustBenchEvaluator(name, attack, subset=case.cfg.subset)]
+
+
+def _curve(
+    case: _Case, name: str, attack: Attack, eps: Sequence[object] | None, mode: str, **settings: Any
+) -> list[Evaluator]:
     curves: dict[str, type[Curve]] = {"exact": ExactCurve, "bracketed": BracketedCurve, "bisected": BisectedCurve}
     if mode not in curves:
         raise ValueError(f"mode={mode}: expected one of {', '.join(curves)}")
@@ -91,16 +146,32 @@ def _curve(name: str, attack: Attack, eps: Sequence[object] | None, mode: str, *
     for key in settings:
         if key not in {field.name for field in fields(curves[mode])}:
             raise ValueError(f"{key}={settings[key]}: not a key of mode={mode}")
-    return curves[mode](name, attack, curve_budgets(attack.threat.eps, given), **settings)
+    budgets = curve_budgets(attack.threat.eps, given)
+    return [curves[mode](name, attack, budgets, **settings, subset=case.cfg.subset)]
 
 
-_EVALUATORS: dict[str, Callable[..., Evaluator]] = {
-    "clean": CleanEvaluator,
-    "attack": AttackEvaluator,
+def _frequency(case: _Case, name: str, radii: Sequence[int] | None) -> list[Evaluator]:
+    radii = low_pass_radii(case.cfg.data.img_size) if radii is None else radii
+    return [FrequencyEvaluator(name, case.dataset.name, tuple(radii), subset=case.cfg.subset)]
+
+
+def _transfer(case: _Case, name: str, **settings: Any) -> Sequence[Evaluator]:
+    return build_transfer(name, case.cfg, case.dataset, build_threat(case.cfg), **settings)
+
+
+def _sanity(case: _Case, name: str, **settings: Any) -> Sequence[Evaluator]:
+    eot = RANDOM_DRAWS if is_random(case.cfg) else 1
+    return sanity_evaluators(build_threat(case.cfg), case.dataset, eot=eot, **settings)
+
+
+_EVALUATORS: dict[str, Callable[..., Sequence[Evaluator]]] = {
+    "clean": _clean,
+    "attack": _attacked,
     "curve": _curve,
+    "transfer": _transfer,
+    "frequency": _frequency,
+    "robustbench": _robustbench,
+    "sanity": _sanity,
+    "ood": _sets(published_sets),
+    "corruptions": _sets(corrupted_sets),
 }
-
-
-def _attack(key: str, settings: dict[str, Any]) -> Attack:
-    with section(key):
-        return make_attack(**settings)

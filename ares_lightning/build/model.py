@@ -85,8 +85,8 @@ def average_over_draws(cfg: DictConfig) -> None:
     if not is_random(cfg):
         return
     for evaluator in (cfg.get("eval") or {}).values():
-        attack = evaluator.get("attack")
-        if attack is not None and attack.eot == 1:
+        attack = evaluator.get("attack", evaluator)
+        if attack.get("eot") == 1:
             attack.eot = RANDOM_DRAWS
 
 

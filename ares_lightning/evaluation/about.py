@@ -37,18 +37,19 @@ def about_sets(questions: Sequence[Question]) -> list[dict[str, Any]]:
 
 def about_evaluators(answered: Sequence[tuple[Question, pa.Table]]) -> list[dict[str, Any]]:
     """Return, for each question, its settings and fingerprint, and what it cost in passes."""
+    attacks = [getattr(question.evaluator, "attack", None) for question, _ in answered]
     return [
         {
-            "evaluator": question.evaluator.name,
+            "name": question.evaluator.name,
             "set": question.dataset.name,
             "fingerprint": question.fingerprint,
-            "attack": repr(getattr(question.evaluator, "attack", None) or "none"),
-            "settings": repr(question.evaluator),
+            "attack": None if attack is None else attack.name,
+            "settings": repr(attack or question.evaluator),
             "n": pc.count_distinct(rows["sample_id"]).as_py(),
             "forwards": pc.sum(rows["forwards"]).as_py() or 0,
             "backwards": pc.sum(rows["backwards"]).as_py() or 0,
         }
-        for question, rows in answered
+        for (question, rows), attack in zip(answered, attacks, strict=True)
     ]
 
 

@@ -103,7 +103,7 @@ class Asking:
                 if self.workers.add(trouble, 0):
                     break
                 try:
-                    answers = self._answers(question, stage, self._pixels(images), labels, sample_ids)
+                    answers = self._answers(question, stage, self.pixels(images), labels, sample_ids)
                 except Exception as error:
                     if self.raises:
                         raise
@@ -120,10 +120,11 @@ class Asking:
     def again(self, question: Question, stage: Stage, ids: list[int]) -> Iterator[tuple[Batch, list[Verdicts]]]:
         """Yield images in [0, 1], labels and ids of samples, with what a stage says of them; writes nothing."""
         for images, labels, sample_ids in self._packs(question.dataset, ids):
-            pixels = self._pixels(images)
+            pixels = self.pixels(images)
             yield (pixels, labels, sample_ids), self._answers(question, stage, pixels, labels, sample_ids)
 
-    def _pixels(self, images: Tensor) -> Tensor:
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return uint8 images as numbers in [0, 1], on the device and in the precision of the evaluation."""
         return images.to(self.device).to(PRECISIONS[self.precision]).div_(255)
 
     def _packs(self, dataset: ImageSet, ids: list[int]) -> Iterable[Batch]:

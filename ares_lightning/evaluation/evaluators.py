@@ -97,6 +97,10 @@ class Evaluator(Stage):
         """The sets that are asked about instead of the evaluation's, none where it is that."""
         return ()
 
+    def asked_of(self, model: str) -> Evaluator:
+        """Return the evaluator as it is put to the model of this fingerprint."""
+        return self
+
     @property
     def models(self) -> dict[str, str]:
         """Names of other models that are judged or crafted on, by their fingerprints."""

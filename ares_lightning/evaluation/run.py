@@ -24,6 +24,7 @@ from ares_lightning.evaluation.evaluators import Evaluator, SetsEvaluator
 from ares_lightning.evaluation.examples import write_examples
 from ares_lightning.evaluation.fingerprints import model_fingerprint, set_fingerprint, source_fingerprint
 from ares_lightning.evaluation.progress import EvaluationProgress
+from ares_lightning.evaluation.sanity import Probes, SanityAttack, run_checks, sanity_report, take_probes
 from ares_lightning.evaluation.summary import summarise
 from ares_lightning.evaluation.verdicts import SCHEMA, Ledger
 from ares_lightning.evaluation.workers import Workers
@@ -59,10 +60,10 @@ class Evaluation:
     evaluators: asked in this order; threat: the threat model of the headline; precision: `fp32` or `fp64`, or
     `bf16` for searches under bf16 autocast with verdicts in fp32; seed: of all noise; dataset: the images; subset:
     how they were chosen from their set, for the record; loader: makes batches of a set in canonical order,
-    `loader(dataset, batch_size=<images>)`; batch_size: images in one pass of the network; compile: by
-    torch.compile, which takes a while and pays off in long evaluations; eot: draws of a randomised model in a clean
-    prediction, attacks have their own; save_images: keep adversarial images; raises: what fails in an evaluator is
-    raised at once.
+    `loader(dataset, batch_size=<images>)`; batch_size: images in one pass of the network; name: of the model;
+    compile: by torch.compile, which takes a while and pays off in long evaluations; eot: draws of a random model
+    in a clean prediction, attacks have their own; save_images: keep adversarial images; raises: what fails in an
+    evaluator is raised at once; left_out: evaluators of a suite that lack what they need, for the record.
     """
 
     evaluators: Sequence[Evaluator]
@@ -73,10 +74,12 @@ class Evaluation:
     subset: str | None = None
     precision: str = "fp32"
     seed: int = 0
+    name: str = "model"
     compile: bool = False
     eot: int = 1
     save_images: bool = False
     raises: bool = False
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -84,10 +87,18 @@ class Evaluation:
 
     def fingerprint(self, net: nn.Module) -> str:
         """Return a hash of the model, the set and every question: equal for the same evaluation."""
-        parts = [question.fingerprint for question in self.questions]
-        parts += [f"{len(question.dataset)} {question.evaluator.subset}" for question in self.questions]
-        parts += [model_fingerprint(net), set_fingerprint(self.dataset), str(self.subset), str(self.threat)]
+        return self._fingerprint_for(model_fingerprint(net))
+
+    def _fingerprint_for(self, model: str) -> str:
+        questions = self.asked_of(model).questions
+        parts = [question.fingerprint for question in questions]
+        parts += [f"{len(question.dataset)} {question.evaluator.subset}" for question in questions]
+        parts += [model, set_fingerprint(self.dataset), str(self.subset), str(self.threat)]
         return hashlib.blake2b(" ".join(parts).encode(), digest_size=6).hexdigest()
+
+    def asked_of(self, model: str) -> Evaluation:
+        """Return the evaluation as it is put to the model of this fingerprint."""
+        return replace(self, evaluators=[evaluator.asked_of(model) for evaluator in self.evaluators])
 
     @property
     def questions(self) -> list[Question]:
@@ -100,9 +111,9 @@ class Evaluation:
 
     @property
     def not_found(self) -> tuple[str, ...]:
-        """Keys of the out-of-distribution sets that were looked for and are not there."""
+        """Keys of the out-of-distribution sets that were looked for and are not there, and what was left out."""
         found = [evaluator.not_found for evaluator in self.evaluators if isinstance(evaluator, SetsEvaluator)]
-        return tuple(key for keys in found for key in keys)
+        return (*self.left_out, *(key for keys in found for key in keys))
 
     @property
     def models(self) -> dict[str, str]:
@@ -135,7 +146,7 @@ class Evaluation:
         rows = rows.filter(rows["model_fingerprint"].to_numpy() == own)
         names = ("evaluator", "set", "evaluator_fingerprint")
         there = set(zip(*(rows[name].to_pylist() for name in names), strict=True))
-        for question in self.questions:
+        for question in self.asked_of(own).questions:
             name, of_set, now = question.evaluator.name, question.dataset.name, question.fingerprint
             before = {print for evaluator, a_set, print in there if (evaluator, a_set) == (name, of_set)} - {now}
             if before:
@@ -170,22 +181,27 @@ class Evaluation:
             write_examples(run_dir / "examples.npz", asking, answered, self.threat)
             facts = {
                 "model_fingerprint": asking.model_fingerprint,
-                "fingerprint": self.fingerprint(net),
+                "fingerprint": self._fingerprint_for(asking.model_fingerprint),
                 "device": _device_name(device),
                 "world_size": workers.world_size,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                 "seconds": round(time.time() - started, 3),
             }
+            probes = self._probed(asking, results.failed)
             about = {
                 "run": about_run(net, **facts),
-                "models": {asking.model_fingerprint: None} | self.models,
+                "models": self.asked_of(asking.model_fingerprint).models | {asking.model_fingerprint: self.name},
                 "sets": about_sets(self.questions),
                 "not_found": list(self.not_found),
                 "skipped": left_out,
                 "evaluators": about_evaluators(answered),
                 "failed": [asdict(failure) for failure in results.failed],
             }
+            own = results.verdicts["model_fingerprint"].to_numpy() == asking.model_fingerprint
+            judged = (self.threat, self.dataset.name, probes, self.eot)
+            checks = run_checks(results.verdicts.filter(own).to_pandas(), results.summary, about, *judged)
             write_json(run_dir / "about.json", about)
+            write_json(run_dir / "sanity.json", sanity_report(checks, asking.model_fingerprint, probes))
             write_json(run_dir / "summary.json", results.summary)
         workers.share(None)  # nobody leaves before the leader is done
         return replace(results, skipped=left_out)
@@ -211,7 +227,7 @@ class Evaluation:
         search_on: nn.Module = folded.network
         if self.compile:
             search_on = torch.compile(search_on, dynamic=True)  # type: ignore[assignment]
-        questions = self.questions
+        questions = self.asked_of(fingerprint).questions
         answered: list[tuple[Question, pa.Table]] = []
         failed: list[Failure] = []
         total = sum(len(question.dataset) for question in questions)
@@ -251,6 +267,19 @@ class Evaluation:
             summarise(answered, fingerprint, self.threat, self.dataset.name, self.subset) if workers.leads else []
         )
         return Results(summary, failed, verdicts), asking, answered
+
+    def _probed(self, asking: Asking, failed: list[Failure]) -> Probes | None:
+        """Return what was measured on the model, where that is asked for; what fails is added to `failed`."""
+        subset = next((e.own_sets[0] for e in self.evaluators if isinstance(e, SanityAttack)), None)
+        if subset is None:
+            return None
+        images, labels, _ids = next(iter(asking.loader(subset, batch_size=len(subset))))
+        given = (asking.net, asking.pixels(images), labels.to(asking.device), self.threat)
+        try:
+            return take_probes(*given, seed=self.seed, batch_size=self.batch_size)
+        except ValueError as error:
+            failed.append(Failure("sanity", self.dataset.name, " ".join(str(error).split())))
+            return None
 
     def _fingerprint(self, evaluator: Evaluator, dataset: ImageSet) -> str:
         """Return a hash of everything that decides a verdict on a given model and sample."""

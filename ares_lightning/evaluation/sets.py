@@ -20,6 +20,10 @@ from ares_lightning.data.corruptions import COMMON, EXTRA, SEVERITIES, corruptio
 from ares_lightning.data.variants import Variant, cells, find_variant
 
 
+class NothingFoundError(ValueError):
+    """Nothing is there that an evaluator could be asked with; a suite does without it."""
+
+
 class FoundSets(NamedTuple):
     """The sets to ask about, the undisturbed test images first; keys of those that were looked for in vain."""
 
@@ -61,12 +65,12 @@ def published_sets(
     root: the folder in which they lie under their published names; those made of validation images are found where
     `data` is. sets: their keys, None for all. subset: of each. paths: folders of single sets.
     Raises ValueError for an unknown key, for a root that is no folder, for a path that does not hold its set, for a
-    set that is asked for by its key and not there, and where nothing is found.
+    set that is asked for by its key and not there; NothingFoundError where nothing is found.
     """
     known = [key for key, variant in VARIANTS.items() if variant.network == data.network]
     if not known:
         networks = sorted({variant.network for variant in VARIANTS.values()})
-        raise ValueError(
+        raise NothingFoundError(
             f"sets={sets}: no out-of-distribution sets are known for data.name={data.network}; there are some for "
             f"{', '.join(networks)}"
         )
@@ -101,7 +105,7 @@ def published_sets(
             f"its path as paths.{not_found[0]}"
         )
     if len(not_found) == len(asked):
-        raise ValueError(
+        raise NothingFoundError(
             f"root={root}: none of {', '.join(not_found)} is there under its published name; give the folder that "
             "holds them, or the path of one as paths.<set>"
         )

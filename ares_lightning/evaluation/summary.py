@@ -47,7 +47,7 @@ def summarise(
     untargeted = here[here["target"].isna()]
     if len(untargeted[untargeted["eps"] > 0]) or (threat.eps == 0 and len(untargeted)):
         robust = ~here.groupby("sample_id")["broken"].any()
-        rows.append(_row(WORST_CASE, "robust_accuracy", robust, here, subset, None, threat.eps))
+        rows.append(accuracy_row(WORST_CASE, "robust_accuracy", robust, here, subset, None, threat.eps))
     return [{"source": None, "model": None, "queries": None, **row} for row in rows]
 
 
@@ -64,16 +64,16 @@ def _accuracies(evaluator: Evaluator, verdicts: pd.DataFrame, subset: str | None
         if group["target"].notna().any():
             metric = "targeted_robust_accuracy"
         robust = ~group.groupby("sample_id")["broken"].any()
-        yield _row(evaluator.name, metric, robust, group, subset, name, eps)
+        yield accuracy_row(evaluator.name, metric, robust, group, subset, name, eps)
         members = [stage.key[0] for stage in evaluator.stages if stage.key and stage.key[1] == eps]
         left = pd.Series(True, index=robust.index)
         for member in members if len(members) > 1 else ():
             own = group[group["attack"] == member]
             left &= ~left.index.isin(own.loc[own["broken"], "sample_id"])
-            yield _row(evaluator.name, "robust_accuracy_after", left, group, subset, member, eps)
+            yield accuracy_row(evaluator.name, "robust_accuracy_after", left, group, subset, member, eps)
 
 
-def _row(
+def accuracy_row(
     evaluator: str,
     metric: str,
     right: pd.Series[bool],
@@ -82,6 +82,7 @@ def _row(
     attack: str | None,
     eps: float,
 ) -> dict[str, Any]:
+    """Return the row of an accuracy: of samples that are `right`, which the verdict rows `group` are about."""
     n, successes = len(right), int(right.sum())
     fingerprint = None if attack is None else group["attack_fingerprint"].iloc[0]
     norm = group["norm"].iloc[0]

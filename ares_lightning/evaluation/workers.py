@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import Counter
 from typing import Any
@@ -70,9 +71,15 @@ class Workers:
         return values[self.rank :: self.world_size]
 
     def add(self, counter: str, number: int) -> int:
-        """Add to a counter of all processes and return what they have counted together."""
+        """Add to a counter of all processes and return what they have counted together.
+
+        Ends this process where the leader has ended, who has said why.
+        """
         if self._store is not None:
-            return int(self._store.add(counter, number))
+            try:
+                return int(self._store.add(counter, number))
+            except dist.DistNetworkError:
+                sys.exit(1)
         self._counts[counter] += number
         return self._counts[counter]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ares_lightning.models.cnn import CNN
 from ares_lightning.models.conv_stem import WIDTHS, with_conv_stem
+from ares_lightning.models.resnet20 import ResNet20
 from ares_lightning.models.resnet_fd import DenoisingResNet
 from ares_lightning.models.t2t_vit import T2TViT
 from ares_lightning.models.wide_resnet import PreActResNet18, WideResNet
@@ -35,6 +36,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "xcit_medium_12_p16_224": partial(_XCIT_P16, embed_dim=512, num_heads=8),
     "xcit_large_12_p16_224": partial(_XCIT_P16, embed_dim=768, num_heads=16),
     **{f"{name}_convstem": partial(with_conv_stem, name) for name in WIDTHS},
+    "resnet20": ResNet20,
     "preact_resnet18": PreActResNet18,
     "wide_resnet28_10": partial(WideResNet, depth=28, width=10),
     "wide_resnet34_10": partial(WideResNet, depth=34, width=10),

@@ -160,3 +160,13 @@ class SWA(WeightAverage):
         self.average.decay = self.num_updates / (self.num_updates + 1)
         self.average.update(net)
         return True
+
+
+def networks(trainer: L.Trainer, module: L.LightningModule) -> dict[str, nn.Module]:
+    """Return the network that is trained as `raw` and, where there is one, its average as `ema`."""
+    net: Any = module.net
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAverage) and callback.num_updates:
+            raw = net if callback._raw is None else callback._raw
+            return {"raw": raw, "ema": callback.average.module}
+    return {"raw": net}

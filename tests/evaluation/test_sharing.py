@@ -1,0 +1,146 @@
+"""One table of verdicts, whoever took them: batch sizes, processes, nodes, kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from processes import ROOT, assert_one_line, finish, run, start, wait_for_parts
+
+from ares_lightning.evaluation.verdicts import KEY
+
+SHARED_RUN = ROOT / "tests" / "evaluation" / "shared_run.py"
+TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", "1", "--master-addr", "127.0.0.1"]
+COLUMNS_OF_KEY = [*KEY, "evaluator"]
+
+
+def table(run_dir: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    rows = pd.read_parquet(run_dir / "verdicts")
+    assert not rows.duplicated(KEY).any()
+    rows = rows.sort_values(KEY, ignore_index=True)
+    return rows if columns is None else rows[columns]
+
+
+def shared(
+    weights: Path, run_dir: Path, *, batch_size: int = 16, processes: int = 1, precision: str = "fp64"
+) -> None:
+    launcher = [] if processes == 1 else [*TORCHRUN, "--nproc-per-node", processes, "--master-port", 0]
+    launcher = launcher and [*launcher[:-2], "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    done = run(*launcher, SHARED_RUN, weights, run_dir, batch_size, precision)
+    assert done.returncode == 0, done.stderr
+
+
+CUTS = {
+    "fp64": {"whole": (64, 1), "single": (1, 1), "two": (7, 2)},
+    "fp32": {"whole": (64, 1), "three": (7, 3)},
+}
+
+
+@pytest.mark.parametrize("precision", CUTS)
+def test_verdicts_do_not_depend_on_batch_size_and_processes(weights, tmp_path, precision):
+    cuts = CUTS[precision]
+    for name, (batch_size, processes) in cuts.items():
+        shared(weights, tmp_path / name, batch_size=batch_size, processes=processes, precision=precision)
+    columns = None if precision == "fp64" else [*COLUMNS_OF_KEY, "broken", "clean_prediction"]
+    whole = table(tmp_path / "whole", columns)
+    assert set(whole.loc[whole["evaluator"] == "autoattack", "attack"]) == {"apgd_ce", "apgd_t", "fab_t", "square"}
+    assert 0 < whole.loc[whole["evaluator"] == "autoattack"].groupby("sample_id")["broken"].any().mean() < 1
+    for name, (_, processes) in cuts.items():
+        pd.testing.assert_frame_equal(table(tmp_path / name, columns), whole)
+        assert (tmp_path / name / "summary.json").read_text() == (tmp_path / "whole" / "summary.json").read_text()
+        ranks = {path.name[:9] for path in (tmp_path / name / "verdicts").iterdir()}
+        assert ranks == {f"part-{rank:04d}" for rank in range(processes)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    few = ["trainer.max_epochs=1", "model.settings.width=8", "adv=fgsm", "eval=[]", "callbacks.progress=false"]
+    done = run("train.py", *few, f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def asked(work: int) -> list[str]:
+    """An evaluation in many parts; `work` times 20 steps of the attacks."""
+    steps = [f"eval.{name}.attack.steps={20 * work}" for name in ("pgd20", "curve_threat")]
+    return ["eval=[clean,pgd20,curve_threat]", "subset=random:120@0", "data.eval_batch_size=4", "precision=fp64", *steps]
+
+
+ASKED = asked(4)
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole")
+    done = run("evaluate.py", f"ckpt={checkpoint}", *ASKED, "data.eval_batch_size=64", f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def test_two_devices_and_two_nodes_give_the_table_of_one_process(checkpoint, whole, tmp_path):
+    same = [f"ckpt={checkpoint}", *ASKED]
+    devices = start("evaluate.py", *same, "trainer=ddp_sim", f"run_dir={tmp_path / 'devices'}")
+    assert_ends_well(devices)
+    nodes = ["trainer=cpu", "trainer.num_nodes=2", "trainer.strategy=ddp", f"run_dir={tmp_path / 'nodes'}"]
+    port = str(29500 + random.randrange(1000))
+    by_hand = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    both = [start("evaluate.py", *same, *nodes, env={**by_hand, "NODE_RANK": str(node)}) for node in (0, 1)]
+    for process in both:
+        assert_ends_well(process)
+    for name in ("devices", "nodes"):
+        pd.testing.assert_frame_equal(table(tmp_path / name), table(whole))
+        assert (tmp_path / name / "summary.json").read_text() == (whole / "summary.json").read_text()
+        assert {path.name[:9] for path in (tmp_path / name / "verdicts").iterdir()} == {"part-0000", "part-0001"}
+        assert json.loads((tmp_path / name / "about.json").read_text())["run"]["world_size"] == 2
+
+
+def test_the_folder_of_other_settings_is_refused_before_anything_is_written(checkpoint, whole):
+    config = (whole / "config.yaml").read_bytes()
+    done = run("evaluate.py", f"ckpt={checkpoint}", *ASKED, "seed=1", f"run_dir={whole}")
+    assert_one_line(done, rf"run_dir={whole}: holds verdicts of eval\.clean on digits under other settings")
+    assert (whole / "config.yaml").read_bytes() == config
+
+
+def assert_ends_well(process: subprocess.Popen[str]) -> None:
+    done = finish(process)
+    assert done.returncode == 0, done.stderr
+
+
+SETTINGS = [[], ["trainer=ddp_sim"], ["data.eval_batch_size=7"]]
+
+
+def killed_and_resumed(given: list[str], run_dir: Path, kills: int, seed: int) -> None:
+    """Kill an evaluation again and again at random moments, with other settings each time, then let it end."""
+    moments = random.Random(seed)
+    for number in range(kills):
+        there = len(list((run_dir / "verdicts").glob("part-*.parquet")))
+        process = start("evaluate.py", *given, *SETTINGS[number % len(SETTINGS)], start_new_session=True)
+        wait_for_parts(run_dir, process, more_than=there)
+        time.sleep(moments.uniform(0, 0.3))
+        os.killpg(process.pid, signal.SIGKILL)
+        finish(process)
+        assert not (run_dir / "summary.json").exists(), "there was nothing left to kill"
+    assert_ends_well(start("evaluate.py", *given))
+
+
+def test_an_evaluation_killed_at_random_moments_goes_on_to_the_same_table(checkpoint, whole, tmp_path):
+    killed_and_resumed([f"ckpt={checkpoint}", *ASKED, f"run_dir={tmp_path}"], tmp_path, 3, 0)
+    pd.testing.assert_frame_equal(table(tmp_path), table(whole))
+    assert (tmp_path / "summary.json").read_text() == (whole / "summary.json").read_text()
+
+
+@pytest.mark.proof
+def test_an_evaluation_killed_twenty_times_goes_on_to_the_same_table(checkpoint, tmp_path):
+    given = [f"ckpt={checkpoint}", *asked(40)]
+    assert_ends_well(start("evaluate.py", *given, "data.eval_batch_size=64", f"run_dir={tmp_path / 'whole'}"))
+    killed_and_resumed([*given, f"run_dir={tmp_path / 'killed'}"], tmp_path / "killed", 20, 0)
+    pd.testing.assert_frame_equal(table(tmp_path / "killed"), table(tmp_path / "whole"))
+    assert (tmp_path / "killed" / "summary.json").read_text() == (tmp_path / "whole" / "summary.json").read_text()
