@@ -208,6 +208,7 @@ class Evaluation:
         workers.share(None)  # nobody leaves before the leader is done
         return replace(results, checks=checks, skipped=all_skipped)
 
+    @torch.inference_mode(False)
     def ask(
         self,
         net: nn.Module,
