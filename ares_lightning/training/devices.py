@@ -20,8 +20,8 @@ def process_settings(
 
     devices: of this machine; a number, a list of GPUs, or auto.
 
-    Raises ValueError naming the key for more devices than there are, for several devices where `accelerator=auto`
-    finds no GPU, and for a strategy that splits parameters.
+    Raises ValueError naming the key for more devices than there are, where a GPU is asked for and none is there, for
+    several devices where `accelerator=auto` finds none, and for a strategy that splits parameters.
     """
     if strategy not in STRATEGIES:
         raise ValueError(
@@ -29,6 +29,8 @@ def process_settings(
             f"trains it, which of the strategies only DDP leaves there; expected one of {', '.join(STRATEGIES)}"
         )
     kind = _kind(accelerator)
+    if kind == "gpu":
+        raise ValueError(f"accelerator={accelerator}: {_NO_GPU}")
     if isinstance(devices, str) and devices.isdecimal():
         devices = int(devices)
     if isinstance(devices, int):

@@ -9,7 +9,7 @@ import pandas as pd
 
 from ares_lightning.attacks import Threat
 from ares_lightning.evaluation.metrics import WORST_CASE
-from ares_lightning.evaluation.sanity.attack_checks import CARLINI, EPS_SLACK, SAME
+from ares_lightning.evaluation.sanity.attack_checks import CARLINI, SAME
 from ares_lightning.evaluation.sanity.rule import (
     FAIL,
     NOT_ASKED,
@@ -20,6 +20,7 @@ from ares_lightning.evaluation.sanity.rule import (
     exceeds,
     largest_distance,
 )
+from ares_lightning.evaluation.summary import within_threat
 
 AA_11 = "github.com/fra31/auto-attack#45"
 
@@ -81,7 +82,7 @@ def _headline(rows: pd.DataFrame, summary: Sequence[Mapping[str, Any]], threat: 
     if headline is None:
         evidence = "There is no headline: no attack within the threat model was run."
         return Check(key, title, NOT_ASKED, evidence, None, AA_11)
-    within = rows[(rows["norm"] == threat.norm) & (rows["eps"] <= threat.eps * EPS_SLACK)]
+    within = within_threat(rows, threat)
     robust = ~within.groupby("sample_id")["broken"].any()
     n, value = len(robust), float(robust.mean())
     evidence = (
