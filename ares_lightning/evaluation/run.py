@@ -200,7 +200,7 @@ class Evaluation:
                 "failed": [asdict(failure) for failure in results.failed],
             }
             own = results.verdicts["model_fingerprint"].to_numpy() == asking.model_fingerprint
-            judged = (self.threat, self.dataset.name, probes, self.eot)
+            judged = (self.threat, self.dataset.name, probes, self.eot, self.dataset.has_several_labels)
             checks = run_checks(results.verdicts.filter(own).to_pandas(), results.summary, about, *judged)
             write_json(run_dir / "about.json", about)
             write_json(run_dir / "sanity.json", sanity_report(checks, asking.model_fingerprint, probes))

@@ -73,7 +73,9 @@ def _accuracies(evaluator: Evaluator, verdicts: pd.DataFrame, subset: str | None
         robust = ~group.groupby("sample_id")["broken"].any()
         yield accuracy_row(evaluator.name, metric, robust, group, subset, name, eps)
         members = [stage.key[0] for stage in evaluator.stages if stage.key and stage.key[1] == eps]
-        before = group.loc[group["broken"] & ~group["attack"].isin(members), "sample_id"]  # of a curve's clean images
+        before = group.loc[
+            group["broken"] & ~group["attack"].isin(members), "sample_id"
+        ]  # of a curve's clean images
         left = pd.Series(~robust.index.isin(before), index=robust.index)
         for member in members if len(members) > 1 else ():
             own = group[group["attack"] == member]

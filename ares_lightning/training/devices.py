@@ -20,8 +20,8 @@ def process_settings(
 
     devices: of this machine; a number, a list of GPUs, or auto.
 
-    Raises ValueError naming the key for more devices than there are, where a GPU is asked for and none is there, for
-    several devices where `accelerator=auto` finds none, and for a strategy that splits parameters.
+    Raises ValueError naming the key for more devices than there are, for a GPU where there is none, for several
+    devices where `accelerator=auto` finds no GPU, and for a strategy that splits parameters.
     """
     if strategy not in STRATEGIES:
         raise ValueError(

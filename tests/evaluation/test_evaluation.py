@@ -235,7 +235,9 @@ def test_only_attacks_with_the_whole_budget_make_a_headline(data, net, tmp_path)
     curve = ExactCurve("curve", attack, (0.05, 0.1))
     part = SanityAttack("few", attack, subset="first:20", sets=(select_subset(data.test_set, "first:20"),))
     for asked, n in (([curve], None), ([curve, part], 20), ([curve, AttackEvaluator("pgd", attack)], 50)):
-        summary = evaluation(data, evaluators=asked, threat=Threat("linf", 0.15)).run(net, tmp_path / str(n), CPU).summary
+        summary = (
+            evaluation(data, evaluators=asked, threat=Threat("linf", 0.15)).run(net, tmp_path / str(n), CPU).summary
+        )
         assert [row["n"] for row in summary if row["evaluator"] == "worst_case"] == ([n] if n else [])
 
 
@@ -244,7 +246,9 @@ def test_what_each_member_leaves_of_a_curve_begins_below_the_misclassified(data,
     summary = evaluation(data, evaluators=[curve]).run(trained_net, tmp_path, CPU).summary
     for eps in curve.eps:
         rows = [row for row in summary if row["eps"] == eps]
-        (whole,) = (row["value"] for row in rows if row["metric"] == "robust_accuracy" and row["evaluator"] == "curve")
+        (whole,) = (
+            row["value"] for row in rows if row["metric"] == "robust_accuracy" and row["evaluator"] == "curve"
+        )
         left = [row["value"] for row in rows if row["metric"] == "robust_accuracy_after"]
         clean = next(row["value"] for row in summary if row["eps"] == 0)
         assert len(left) == 4

@@ -120,8 +120,13 @@ def test_a_model_that_the_probes_cannot_measure_costs_no_verdicts(data, tmp_path
     settings = {"num_samples": 20, "steps": [2], "strong_steps": 2, "queries": 4}
     asked = sanity_evaluators(Threat("linf", 0.1), data.test_set, **settings)[:1]
     results = evaluation(data, CleanEvaluator("clean"), *asked).run(WithoutGradients().eval(), tmp_path, CPU)
-    assert [(each.evaluator, each.error) for each in results.failed] == [("sanity", "TypeError: for inference only")]
-    assert {row["evaluator"] for row in json.loads((tmp_path / "summary.json").read_text())} >= {"clean", "worst_case"}
+    assert [(each.evaluator, each.error) for each in results.failed] == [
+        ("sanity", "TypeError: for inference only")
+    ]
+    assert {row["evaluator"] for row in json.loads((tmp_path / "summary.json").read_text())} >= {
+        "clean",
+        "worst_case",
+    }
 
 
 def test_a_softmax_model_fails_in_the_attacks_alone_and_the_program_ends_with_an_error(tmp_path, data):

@@ -78,9 +78,7 @@ def read_worst_case(
             wanted = pc.and_(wanted, of_these)
         rows = table.filter(wanted)
         names |= set(pc.unique(rows.filter(pc.greater(rows["eps"], 0))["evaluator"]).to_pylist())
-        is_whole = pc.and_(
-            pc.is_null(rows["target"]), pc.greater_equal(rows["eps"], eps * (1 - SAME_BUDGET))
-        )
+        is_whole = pc.and_(pc.is_null(rows["target"]), pc.greater_equal(rows["eps"], eps * (1 - SAME_BUDGET)))
         tables.append(rows.append_column("is_whole", is_whole).select(_KEPT))
     columns = pa.concat_tables(tables) if tables else None
     if columns is None or not pc.any(columns["is_whole"]).as_py():
