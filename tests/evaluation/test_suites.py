@@ -70,7 +70,7 @@ def test_a_suite_asks_its_evaluators(suite, expected):
 def test_an_evaluator_of_two_suites_is_asked_once_and_every_key_can_be_set():
     shared = ("eval=[quick,ares_bench,clean]", "eval.pgd100.attack.steps=7")
     names = names_of(*shared)
-    assert len(names) == len(set(names)) == 13
+    assert len(names) == len(set(names)) == 19
     pgd = next(each for each in evaluation_of(*shared).evaluators if each.name == "pgd100")
     assert pgd.attack == make_attack("pgd", eps=0.1, steps=7)
     assert names_of("eval=[autoattack]", "eval.autoattack.attack.version=rand") == ["autoattack"]
