@@ -58,10 +58,9 @@ def run_evaluation(
         _say_what_is_asked(evaluation)
     try:
         results = evaluation.run(net, run_dir, device, workers, data.skipped)
-    except ImageError:
-        raise
-    except ValueError as error:
-        if evaluation.raises:
+    except BaseException as error:
+        workers.give_up()
+        if evaluation.raises or isinstance(error, ImageError) or not isinstance(error, ValueError):
             raise
         raise ConfigError(str(error)) from error
     if not workers.leads:

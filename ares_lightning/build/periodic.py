@@ -9,10 +9,13 @@ from omegaconf import DictConfig, open_dict
 
 from ares_lightning.build.config import ConfigError, plain, section
 from ares_lightning.build.evaluation import build_evaluation
-from ares_lightning.data import RobustDataModule
+from ares_lightning.data import RobustDataModule, select_subset
 from ares_lightning.evaluation.callback import PeriodicEvaluation
 from ares_lightning.models.weights import WHICH
 from ares_lightning.training.tricks.averaging import networks
+
+AVERAGING = {"ema", "swa"}
+"""The tricks that average weights."""
 
 
 def build_periodic(cfg: DictConfig, data: RobustDataModule, run_dir: Path) -> PeriodicEvaluation | None:
@@ -29,6 +32,14 @@ def build_periodic(cfg: DictConfig, data: RobustDataModule, run_dir: Path) -> Pe
     weights = settings["weights"]
     if not isinstance(weights, list) or not weights or not set(weights) <= set(WHICH):
         raise ConfigError(f"callbacks.periodic.weights={weights}: expected a list of some of {', '.join(WHICH)}")
+    if not AVERAGING.intersection(plain(cfg.get("trick"))):
+        weights = [which for which in weights if which != "ema"]
+    if not weights:
+        raise ConfigError(
+            "callbacks.periodic.weights=['ema']: no trick averages the weights; give trick=[ema], or ask raw"
+        )
+    with section("callbacks.periodic"):
+        select_subset(data.val_set, settings["subset"])  # so that the key is named
     own = copy.deepcopy(cfg)
     with open_dict(own):
         own.eval = {name: own.eval[name] for name in names}

@@ -64,6 +64,11 @@ def build_transfer(
         raise ValueError(
             f"models={models}: {own} is the evaluated model's name; give the others names of their own"
         )
+    by_weights: dict[str, str] = {}
+    for other in others:
+        same = by_weights.setdefault(other.fingerprint, other.name)
+        if same != other.name:
+            raise ValueError(f"models={models}: {same} and {other.name} are the same model; leave one of them out")
     made = tuple(_attack(attack, shared, cfg, threat) for attack in attacks)
     if len({attack.name for attack in made}) < len(made):
         raise ValueError(f"attacks={attacks}: names an attack twice")

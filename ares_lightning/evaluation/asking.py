@@ -108,7 +108,7 @@ class Asking:
                     if self.raises:
                         raise
                     self.workers.add(trouble, 1)
-                    return pa.concat_tables(tables), f"{type(error).__name__}: {' '.join(str(error).split())}"
+                    return pa.concat_tables(tables), told_in_one_line(error)
                 new = [self._rows(question, answer, labels, sample_ids) for answer in answers]
                 self.ledger.append(pa.concat_tables(new), self._kept(answers, new))
                 self.progress.advance(question.evaluator, number, answers)
@@ -193,6 +193,11 @@ class Asking:
             if is_new and bool(found.any()):
                 kept.append((rows.filter(found.numpy()), outcome.images.cpu()[found].float().numpy()))
         return kept
+
+
+def told_in_one_line(error: Exception) -> str:
+    """Return the kind of an error and what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _answering(net: nn.Module, dataset: ImageSet, device: torch.device) -> nn.Module:

@@ -48,8 +48,10 @@ class PeriodicEvaluation(Callback):
     @property
     def metrics(self) -> list[str]:
         """The names that may be logged."""
-        names = [evaluator.name for evaluator in self.evaluation.evaluators]
-        kinds = [("robust_accuracy", [*names, WORST_CASE]), ("clean_accuracy", names)]
+        evaluators = self.evaluation.evaluators
+        attacks = [each.name for each in evaluators if each.attack_fingerprint is not None]
+        others = [each.name for each in evaluators if each.attack_fingerprint is None]
+        kinds = [("robust_accuracy", [*attacks, WORST_CASE] if attacks else []), ("clean_accuracy", others)]
         return [
             f"{PREFIX}/{name}/{which}/{kind}" for kind, each in kinds for name in each for which in self._weights
         ]

@@ -6,6 +6,8 @@ import math
 
 WORST_CASE = "worst_case"
 """The evaluator of the headline in summary.json."""
+SAME_BUDGET = 1e-9
+"""Relative difference of budgets that are the same but for rounding."""
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -82,7 +82,7 @@ def percent(
 def write_record(run_dir: Path) -> str:
     """Write the record of what evaluator `robustbench` has found into a run folder; return one line on it.
 
-    Nothing is written where the images are not those of the leaderboard.
+    Nothing is written where the images are not those of the leaderboard, or where the evaluator has failed.
     """
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     numbers = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
@@ -90,6 +90,8 @@ def write_record(run_dir: Path) -> str:
     if config["subset"] != expected:
         return f"{RECORD} is not written: it is about subset={expected or 'null'}, this is {config['subset']}"
     own = [row for row in numbers if row["evaluator"] == "robustbench"]
+    if not own:
+        return f"{RECORD} is not written: eval.robustbench has no results"
     with replacing(run_dir / RECORD) as file:
         file.write((json.dumps(leaderboard_record(config, own, config["name"]), indent=2) + "\n").encode())
     return f"RobustBench's record: {run_dir / RECORD}"

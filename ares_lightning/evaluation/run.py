@@ -19,7 +19,7 @@ from ares_lightning.atomic import replacing
 from ares_lightning.attacks import Threat
 from ares_lightning.data import Batch, ImageSet
 from ares_lightning.evaluation.about import about_evaluators, about_run, about_sets
-from ares_lightning.evaluation.asking import PRECISIONS, Asking, Question
+from ares_lightning.evaluation.asking import PRECISIONS, Asking, Question, told_in_one_line
 from ares_lightning.evaluation.evaluators import Evaluator, SetsEvaluator
 from ares_lightning.evaluation.examples import write_examples
 from ares_lightning.evaluation.fingerprints import model_fingerprint, set_fingerprint, source_fingerprint
@@ -200,7 +200,7 @@ class Evaluation:
                 "failed": [asdict(failure) for failure in results.failed],
             }
             own = results.verdicts["model_fingerprint"].to_numpy() == asking.model_fingerprint
-            judged = (self.threat, self.dataset.name, probes, self.eot)
+            judged = (self.threat, self.dataset.name, probes, self.eot, self.dataset.has_several_labels)
             checks = run_checks(results.verdicts.filter(own).to_pandas(), results.summary, about, *judged)
             write_json(run_dir / "about.json", about)
             write_json(run_dir / "sanity.json", sanity_report(checks, asking.model_fingerprint, probes))
@@ -276,13 +276,15 @@ class Evaluation:
         subset = next((e.own_sets[0] for e in self.evaluators if isinstance(e, SanityAttack)), None)
         if subset is None:
             return None
-        images, labels, _ids = next(iter(asking.loader(subset, batch_size=len(subset))))
-        given = (asking.net, asking.pixels(images), labels.to(asking.device), self.threat)
-        try:
-            return take_probes(*given, seed=self.seed, batch_size=self.batch_size)
-        except ValueError as error:
-            failed.append(Failure("sanity", self.dataset.name, " ".join(str(error).split())))
-            return None
+        for images, labels, _ids in asking.loader(subset, batch_size=len(subset)):
+            given = (asking.net, asking.pixels(images), labels.to(asking.device), self.threat)
+            try:
+                return take_probes(*given, seed=self.seed, batch_size=self.batch_size)
+            except Exception as error:
+                if self.raises:
+                    raise
+                failed.append(Failure("sanity", self.dataset.name, told_in_one_line(error)))
+        return None
 
     def _fingerprint(self, evaluator: Evaluator, dataset: ImageSet) -> str:
         """Return a hash of everything that decides a verdict on a given model and sample."""

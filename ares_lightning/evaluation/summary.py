@@ -12,8 +12,7 @@ import pyarrow as pa
 from ares_lightning.attacks import Threat
 from ares_lightning.evaluation.asking import Question
 from ares_lightning.evaluation.evaluators import Evaluator
-from ares_lightning.evaluation.metrics import WORST_CASE, wilson_interval
-from ares_lightning.evaluation.verdicts import SCHEMA
+from ares_lightning.evaluation.metrics import SAME_BUDGET, WORST_CASE, wilson_interval
 
 
 def summarise(
@@ -27,9 +26,7 @@ def summarise(
     A sample is robust where no row at the budget shows it broken; misclassified clean images are not. Where a
     targeted attack aimed at one class a sample, robust means that this class was not reached; the metric is
     `targeted_robust_accuracy`. `eps` None is no budget. Of an ensemble, `robust_accuracy_after` is what each member
-    has left. The worst case, evaluator `worst_case`, is over every adversarial example of the threat model's norm
-    that was found within its budget by any evaluator; it is the number to report, and is left out where no attack
-    but targeted ones was run.
+    has left. The worst case, evaluator `worst_case`, is the number to report; see `within_threat`.
     """
     rows: list[dict[str, Any]] = []
     frames: dict[int, tuple[Evaluator, list[pd.DataFrame]]] = {}
@@ -40,15 +37,25 @@ def summarise(
         rows += _accuracies(evaluator, verdicts, evaluator.subset if evaluator.own_sets else subset)
         own = verdicts[verdicts["model_fingerprint"] == model]
         if question.dataset.name == main:
-            within.append(own[(own["norm"] == threat.norm) & (own["eps"] <= threat.eps * (1 + 1e-9))])
+            within.append(own)
     for evaluator, parts in frames.values():
         rows += evaluator.further_rows(pd.concat(parts))
-    here = pd.concat(within) if within else pd.DataFrame(columns=SCHEMA.names)
-    untargeted = here[here["target"].isna()]
-    if len(untargeted[untargeted["eps"] > 0]) or (threat.eps == 0 and len(untargeted)):
+    here = within_threat(pd.concat(within), threat) if within else pd.DataFrame()
+    if len(here):
         robust = ~here.groupby("sample_id")["broken"].any()
         rows.append(accuracy_row(WORST_CASE, "robust_accuracy", robust, here, subset, None, threat.eps))
     return [{"source": None, "model": None, "queries": None, **row} for row in rows]
+
+
+def within_threat(verdicts: pd.DataFrame, threat: Threat) -> pd.DataFrame:
+    """Return the verdict rows that the worst case at a threat model follows from.
+
+    They are those of its norm within its budget, of any evaluator, on the samples that an attack without a target
+    was given the whole budget for: what withstands a part of it, or one class, is not known to withstand it.
+    """
+    within = verdicts[(verdicts["norm"] == threat.norm) & (verdicts["eps"] <= threat.eps * (1 + SAME_BUDGET))]
+    is_whole = within["target"].isna() & (within["eps"] >= threat.eps * (1 - SAME_BUDGET))
+    return within[within["sample_id"].isin(within.loc[is_whole, "sample_id"])]
 
 
 def _accuracies(evaluator: Evaluator, verdicts: pd.DataFrame, subset: str | None) -> Iterator[dict[str, Any]]:
@@ -66,7 +73,10 @@ def _accuracies(evaluator: Evaluator, verdicts: pd.DataFrame, subset: str | None
         robust = ~group.groupby("sample_id")["broken"].any()
         yield accuracy_row(evaluator.name, metric, robust, group, subset, name, eps)
         members = [stage.key[0] for stage in evaluator.stages if stage.key and stage.key[1] == eps]
-        left = pd.Series(True, index=robust.index)
+        before = group.loc[
+            group["broken"] & ~group["attack"].isin(members), "sample_id"
+        ]  # of a curve's clean images
+        left = pd.Series(~robust.index.isin(before), index=robust.index)
         for member in members if len(members) > 1 else ():
             own = group[group["attack"] == member]
             left &= ~left.index.isin(own.loc[own["broken"], "sample_id"])

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 POLL_SECONDS = 0.02
 """How often a process looks whether the others have arrived."""
+GIVEN_UP = "given up"
 
 
 class Workers:
@@ -83,9 +84,15 @@ class Workers:
         self._counts[counter] += number
         return self._counts[counter]
 
+    def give_up(self) -> None:
+        """Have the others end as well, which would wait for this process."""
+        self.add(GIVEN_UP, 1)
+
     def _meet(self) -> None:
         self.num_meetings += 1
         place = f"meeting {self.num_meetings}"
         self.add(place, 1)
         while self.add(place, 0) < self.world_size:
+            if self.add(GIVEN_UP, 0):
+                sys.exit(1)
             time.sleep(POLL_SECONDS)

@@ -20,8 +20,8 @@ def process_settings(
 
     devices: of this machine; a number, a list of GPUs, or auto.
 
-    Raises ValueError naming the key for more devices than there are, for several devices where `accelerator=auto`
-    finds no GPU, and for a strategy that splits parameters.
+    Raises ValueError naming the key for more devices than there are, for a GPU where there is none, for several
+    devices where `accelerator=auto` finds no GPU, and for a strategy that splits parameters.
     """
     if strategy not in STRATEGIES:
         raise ValueError(
@@ -30,7 +30,7 @@ def process_settings(
         )
     kind = _kind(accelerator)
     if kind == "gpu":
-        raise ValueError(f"accelerator=gpu: {_NO_GPU}")
+        raise ValueError(f"accelerator={accelerator}: {_NO_GPU}")
     if isinstance(devices, str) and devices.isdecimal():
         devices = int(devices)
     if isinstance(devices, int):

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import binomtest
+from shared_run import ShortAutoAttack
 
 from ares_lightning.attacks import Threat, make_attack
 from ares_lightning.attacks.autoattack import AutoAttack
@@ -18,6 +19,7 @@ from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator
 from ares_lightning.evaluation.fingerprints import model_fingerprint
 from ares_lightning.evaluation.metrics import wilson_interval
 from ares_lightning.evaluation.run import Evaluation
+from ares_lightning.evaluation.sanity import SanityAttack
 from ares_lightning.evaluation.verdicts import SCHEMA, Ledger
 from ares_lightning.models import make_classifier
 from ares_lightning.models.folding import fold_batchnorm
@@ -226,6 +228,31 @@ def test_an_evaluators_fingerprint_is_that_of_the_generators_content(tmp_path):
     after = {evaluator.fingerprint(0, "fp32") for evaluator in evaluators}
     assert len(before) == 1
     assert len(after) == 2
+
+
+def test_only_attacks_with_the_whole_budget_make_a_headline(data, net, tmp_path):
+    attack = make_attack("pgd", eps=0.15, steps=5)
+    curve = ExactCurve("curve", attack, (0.05, 0.1))
+    part = SanityAttack("few", attack, subset="first:20", sets=(select_subset(data.test_set, "first:20"),))
+    for asked, n in (([curve], None), ([curve, part], 20), ([curve, AttackEvaluator("pgd", attack)], 50)):
+        summary = (
+            evaluation(data, evaluators=asked, threat=Threat("linf", 0.15)).run(net, tmp_path / str(n), CPU).summary
+        )
+        assert [row["n"] for row in summary if row["evaluator"] == "worst_case"] == ([n] if n else [])
+
+
+def test_what_each_member_leaves_of_a_curve_begins_below_the_misclassified(data, trained_net, tmp_path):
+    curve = ExactCurve("curve", ShortAutoAttack(eps=0.1), (0.05, 0.1))
+    summary = evaluation(data, evaluators=[curve]).run(trained_net, tmp_path, CPU).summary
+    for eps in curve.eps:
+        rows = [row for row in summary if row["eps"] == eps]
+        (whole,) = (
+            row["value"] for row in rows if row["metric"] == "robust_accuracy" and row["evaluator"] == "curve"
+        )
+        left = [row["value"] for row in rows if row["metric"] == "robust_accuracy_after"]
+        clean = next(row["value"] for row in summary if row["eps"] == 0)
+        assert len(left) == 4
+        assert clean > left[0] >= left[-1] == whole
 
 
 @pytest.mark.parametrize("targets", ["random", "least_likely"])

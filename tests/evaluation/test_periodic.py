@@ -60,6 +60,18 @@ def test_the_training_notices_nothing(tmp_path):
             r"callbacks\.periodic\.every_n_epochs=0: expected a whole",
         ),
         (
+            ["callbacks.periodic.subset=first:999"],
+            r"callbacks\.periodic\.subset=first:999: must be",
+        ),
+        (
+            ["callbacks.periodic.weights=[ema]", "trick=[]", "callbacks.checkpoint.monitor=val/robust_acc"],
+            r"callbacks\.periodic\.weights=\['ema'\]: no trick averages",
+        ),
+        (
+            ["trick=[]", "callbacks.checkpoint.monitor=periodic/pgd20/ema/robust_accuracy"],
+            r"monitor=periodic/pgd20/ema/robust_accuracy: expected one of .*periodic/pgd20/raw/robust_accuracy",
+        ),
+        (
             ["callbacks.checkpoint.monitor=periodic/pgd20/ema/accuracy"],
             r"monitor=periodic/pgd20/ema/accuracy: expected one of val/robust_acc, .*periodic/pgd20/ema/robust_acc",
         ),

@@ -68,7 +68,6 @@ def test_a_sample_counts_once_however_often_it_stands_in_the_parts(tmp_path: Pat
         {"set": "imagenet_a"},
         {"norm": "l2"},
         {"eps": 2 * EPS},
-        {"target": 1},
         {"model_fingerprint": "another"},
         {"evaluator_fingerprint": "of another evaluation"},
     ],
@@ -90,6 +89,21 @@ def test_without_an_attack_or_a_known_model_there_is_no_worst_case(tmp_path: Pat
     assert worst(tmp_path / "b", model.rows("curve", "pgd", 0.0)) is None
     assert worst(tmp_path / "c", model.rows("pgd", "pgd", EPS), other.rows("pgd", "pgd", EPS)) is None
     assert read_worst_case(tmp_path / "none", None, "digits", "linf", EPS) is None
+
+
+@pytest.mark.parametrize("changes", [{"eps": EPS / 2}, {"target": 1}])
+def test_what_a_weaker_question_breaks_counts_while_what_it_does_not_break_says_nothing(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    model = small()
+    whole, weaker = model.rows("pgd", "pgd", EPS, 1.5), model.rows("weak", "pgd", EPS, 0.5)
+    weaker |= {name: [value] * model.n for name, value in changes.items()}
+    assert worst(tmp_path / "alone", weaker) is None
+    part = {name: list(values[:4]) for name, values in whole.items()}
+    found = worst(tmp_path / "both", part, weaker)
+    assert found is not None
+    assert found.samples.tolist() == list(whole["sample_id"][:4])
+    assert (found.broken == (np.asarray(whole["broken"]) | np.asarray(weaker["broken"]))[:4]).all()
 
 
 def test_the_prediction_is_that_at_the_least_budget_that_broke_the_sample(tmp_path: Path) -> None:

@@ -162,6 +162,22 @@ def test_verdicts_must_agree_with_predictions_and_with_each_other():
     assert checks(table, wavering)["verdicts_consistent"].verdict == "fail"
 
 
+def test_where_samples_have_several_right_classes_another_than_the_label_may_be_right():
+    table = rows("none", range(10), eps=0.0, norm=None, clean_prediction=0)
+    table.loc[:4, "broken"] = False
+    about = {"evaluators": []}
+    found = {
+        several: next(
+            check
+            for check in run_checks(table, [], about, THREAT, "digits", several_labels=several)
+            if check.check == "verdicts_consistent"
+        )
+        for several in (False, True)
+    }
+    assert found[False].verdict == "fail"
+    assert found[True].verdict == "pass"
+
+
 def test_a_targeted_verdict_is_about_its_target():
     table = rows("pgd", range(10), target=1)
     assert checks(table)["verdicts_consistent"].verdict == "pass"
@@ -222,5 +238,9 @@ def test_the_attacks_are_about_the_same_few_samples_and_one_holds_every_image(di
 def test_bad_settings_are_refused_by_their_keys(digits):
     with pytest.raises(ValueError, match=r"^steps=\[40, 20\]: expected a rising list"):
         sanity_evaluators(THREAT, digits, steps=[40, 20])
+    with pytest.raises(ValueError, match=r"^steps=5: expected a rising list"):
+        sanity_evaluators(THREAT, digits, steps=5)
+    with pytest.raises(ValueError, match=r"^budgets=\[-1\]: expected"):
+        sanity_evaluators(THREAT, digits, budgets=[-1])
     with pytest.raises(ValueError, match=r"^num_samples=0"):
         sanity_evaluators(THREAT, digits, num_samples=0)

@@ -20,6 +20,7 @@ from ares_lightning.data import select_subset
 from ares_lightning.evaluation.curves import BracketedCurve, ExactCurve
 from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator, Evaluator, Verdicts
 from ares_lightning.evaluation.run import Evaluation
+from ares_lightning.evaluation.sanity import sanity_evaluators
 
 CPU = torch.device("cpu")
 PGD = make_attack("pgd", eps=0.1, steps=3)
@@ -103,6 +104,29 @@ def test_an_evaluator_that_fails_is_told_of_while_the_others_go_on(data, tmp_pat
     assert told == {"evaluator": "failing", "set": "digits", "error": "RuntimeError: CUDA out of memory"}
     with pytest.raises(RuntimeError, match="CUDA out of"):
         evaluation(data, *asked, raises=True).run(make_net().eval(), tmp_path / "raising", CPU)
+
+
+def test_a_model_that_the_probes_cannot_measure_costs_no_verdicts(data, tmp_path):
+    class WithoutGradients(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, images: Tensor) -> Tensor:
+            if images.requires_grad:
+                raise TypeError("for inference only")
+            return self.net(images)
+
+    settings = {"num_samples": 20, "steps": [2], "strong_steps": 2, "queries": 4}
+    asked = sanity_evaluators(Threat("linf", 0.1), data.test_set, **settings)[:1]
+    results = evaluation(data, CleanEvaluator("clean"), *asked).run(WithoutGradients().eval(), tmp_path, CPU)
+    assert [(each.evaluator, each.error) for each in results.failed] == [
+        ("sanity", "TypeError: for inference only")
+    ]
+    assert {row["evaluator"] for row in json.loads((tmp_path / "summary.json").read_text())} >= {
+        "clean",
+        "worst_case",
+    }
 
 
 def test_a_softmax_model_fails_in_the_attacks_alone_and_the_program_ends_with_an_error(tmp_path, data):

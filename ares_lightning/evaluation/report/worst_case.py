@@ -13,18 +13,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ares_lightning.evaluation.metrics import SAME_BUDGET
+
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
 _WORDS = ["evaluator", "evaluator_fingerprint", "model_fingerprint", "set", "attack", "norm"]
 _NUMBERS = ["sample_id", "label", "clean_prediction", "adversarial_prediction", "eps", "target", "broken"]
 _NUM_ROWS = 65_536
-_KEPT = ["sample_id", "label", "clean_prediction", "adversarial_prediction", "eps", "broken"]
+_KEPT = ["sample_id", "label", "clean_prediction", "adversarial_prediction", "eps", "broken", "is_whole"]
 
 
 @dataclass(frozen=True)
 class WorstCase:
-    """What became of each sample within a threat model, over all attacks that did not aim at a class.
+    """What became of each sample within a threat model, over all that was run.
 
     samples, labels, clean, prediction: int64 [N], sorted by sample; `clean` and `prediction` are the classes before
     and under attack, the latter at the least budget that broke the sample. broken: bool [N]. evaluators: whose
@@ -56,7 +58,8 @@ def read_worst_case(
     """Return the worst case of the threat model (`norm`, `eps`) from the verdict parts in `folder`.
 
     model: the fingerprint of the judged model, None where the parts know a single one. evaluators: fingerprints of
-    those that count, all where empty. A sample that stands in the parts twice counts once.
+    those that count, all where empty. A sample that stands in the parts twice counts once; one that no attack
+    without a target was given the whole budget for does not count.
     Returns None where no sample was attacked, or no model was named and there are several.
     Raises ValueError naming a part that cannot be read.
     """
@@ -67,8 +70,7 @@ def read_worst_case(
         if model is None and len(models) > 1:
             return None
         wanted = pc.and_(pc.equal(table["set"], of_set), pc.equal(table["norm"], norm))
-        wanted = pc.and_(wanted, pc.less_equal(table["eps"], eps * (1 + 1e-9)))
-        wanted = pc.and_(wanted, pc.is_null(table["target"]))
+        wanted = pc.and_(wanted, pc.less_equal(table["eps"], eps * (1 + SAME_BUDGET)))
         if model is not None:
             wanted = pc.and_(wanted, pc.equal(table["model_fingerprint"], model))
         if evaluators:
@@ -76,11 +78,18 @@ def read_worst_case(
             wanted = pc.and_(wanted, of_these)
         rows = table.filter(wanted)
         names |= set(pc.unique(rows.filter(pc.greater(rows["eps"], 0))["evaluator"]).to_pylist())
-        tables.append(rows.select(_KEPT))
+        is_whole = pc.and_(pc.is_null(rows["target"]), pc.greater_equal(rows["eps"], eps * (1 - SAME_BUDGET)))
+        tables.append(rows.append_column("is_whole", is_whole).select(_KEPT))
     columns = pa.concat_tables(tables) if tables else None
-    if columns is None or not columns.num_rows or not (names or eps == 0):
+    if columns is None or not pc.any(columns["is_whole"]).as_py():
         return None
-    return _per_sample({name: columns[name].to_numpy() for name in _KEPT}, tuple(sorted(names)))
+    columns = columns.filter(pc.is_in(columns["sample_id"], _attacked(columns)))
+    return _per_sample({name: columns[name].to_numpy() for name in _KEPT[:-1]}, tuple(sorted(names)))
+
+
+def _attacked(rows: pa.Table) -> pa.Array:
+    """Return the ids of the samples that an attack without a target was given the whole budget for."""
+    return pc.unique(rows.filter(rows["is_whole"])["sample_id"])
 
 
 def _per_sample(rows: dict[str, np.ndarray[Any, Any]], evaluators: tuple[str, ...]) -> WorstCase:

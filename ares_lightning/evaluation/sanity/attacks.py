@@ -69,8 +69,12 @@ def sanity_evaluators(
 
     Raises ValueError for settings that an attack refuses.
     """
-    if not steps or list(steps) != sorted(set(steps)):
-        raise ValueError(f"steps={list(steps)}: expected a rising list")
+    if not isinstance(steps, list | tuple) or not steps or list(steps) != sorted(set(steps)):
+        raise ValueError(f"steps={steps}: expected a rising list such as [20,40,80]")
+    if not isinstance(budgets, list | tuple) or not all(
+        isinstance(multiple, int | float) and 0 < multiple < math.inf for multiple in budgets
+    ):
+        raise ValueError(f"budgets={budgets}: expected a list of multiples above 0, such as [0.5,2]")
     subset, spec = sanity_subset(dataset, num_samples)
     example = subset.example()
     size = example.numel()

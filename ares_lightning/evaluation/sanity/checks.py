@@ -24,18 +24,19 @@ def run_checks(
     main: str,
     probes: Probes | None = None,
     eot: int = 1,
+    several_labels: bool = False,
 ) -> list[Check]:
     """Return all checks, those that nothing was asked for as `not asked`.
 
     rows: verdicts of the model in question, as in `verdicts.SCHEMA`; summary, about: what `summary.json` and
     `about.json` hold; main: the set of the threat model's headline; probes: measurements on the model; eot: draws
-    of a model that is declared as randomised.
+    of a model that is declared as randomised; several_labels: samples have more than one right class.
     """
     rows = rows[rows["set"] == main]
     return [
         *model_checks(probes, eot),
         *attack_checks(rows, about, threat),
-        *record_checks(rows, summary, about, threat),
+        *record_checks(rows, summary, about, threat, several_labels),
     ]
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from ares_lightning.attacks import Threat
 from ares_lightning.evaluation.metrics import WORST_CASE
-from ares_lightning.evaluation.sanity.attack_checks import CARLINI, EPS_SLACK, SAME
+from ares_lightning.evaluation.sanity.attack_checks import CARLINI, SAME
 from ares_lightning.evaluation.sanity.rule import (
     FAIL,
     NOT_ASKED,
@@ -20,17 +20,22 @@ from ares_lightning.evaluation.sanity.rule import (
     exceeds,
     largest_distance,
 )
+from ares_lightning.evaluation.summary import within_threat
 
 AA_11 = "github.com/fra31/auto-attack#45"
 
 
 def record_checks(
-    rows: pd.DataFrame, summary: Sequence[Mapping[str, Any]], about: Mapping[str, Any], threat: Threat
+    rows: pd.DataFrame,
+    summary: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any],
+    threat: Threat,
+    several_labels: bool,
 ) -> list[Check]:
     """Return what verdict rows of one model and one set say about the summary and the record."""
     return [
         _budgets_kept(rows),
-        _rows_consistent(rows),
+        _rows_consistent(rows, several_labels),
         _headline(rows, summary, threat),
         _all_ran(about),
         _provenance(rows, summary, about),
@@ -53,7 +58,7 @@ def _budgets_kept(rows: pd.DataFrame) -> Check:
     return Check("budgets_kept", title, FAIL if beyond else PASS, evidence, remedy, CARLINI)
 
 
-def _rows_consistent(rows: pd.DataFrame) -> Check:
+def _rows_consistent(rows: pd.DataFrame, several_labels: bool) -> Check:
     key, title = "verdicts_consistent", "Verdicts agree with predictions, and clean predictions with each other"
     if rows.empty:
         return Check(key, title, NOT_ASKED, "There are no verdicts.", None, CARLINI)
@@ -61,7 +66,8 @@ def _rows_consistent(rows: pd.DataFrame) -> Check:
     wrong = (rows["adversarial_prediction"] != rows["label"]).where(
         untargeted, rows["adversarial_prediction"] == rows["target"]
     )
-    astray = int((wrong != rows["broken"]).sum())
+    other_label = several_labels & rows["norm"].isna()  # a prediction beside the label may be right
+    astray = int(((wrong != rows["broken"]) & ~(other_label & wrong)).sum())
     answers = rows.groupby("sample_id")["clean_prediction"].nunique()
     varied = int((answers > 1).sum())
     evidence = (
@@ -81,7 +87,7 @@ def _headline(rows: pd.DataFrame, summary: Sequence[Mapping[str, Any]], threat: 
     if headline is None:
         evidence = "There is no headline: no attack within the threat model was run."
         return Check(key, title, NOT_ASKED, evidence, None, AA_11)
-    within = rows[(rows["norm"] == threat.norm) & (rows["eps"] <= threat.eps * EPS_SLACK)]
+    within = within_threat(rows, threat)
     robust = ~within.groupby("sample_id")["broken"].any()
     n, value = len(robust), float(robust.mean())
     evidence = (
