@@ -4,14 +4,16 @@
         --output benchmarks/results/ares-bench-cifar10-cpu.json
     python benchmarks/ares_bench.py imagenet --data imagenet-100 --output …/ares-bench-imagenet-paths-cpu.json
 
-cifar10: two given ResNet-20, trained adversarially and on clean images, and two small networks that are trained here.
-imagenet: random backbones under a head fitted to the images (ares_bench_paths.py), and out-of-distribution sets that are
-these very images again, laid out as published. Such accuracies say nothing about a model, only that the path is sound.
+cifar10: two given ResNet-20, trained adversarially and on clean images, and two small networks trained here.
+imagenet: random backbones under a head fitted to the images (ares_bench_paths.py), and out-of-distribution sets
+that are these very images again, laid out as published. Such accuracies say nothing about a model, only that the
+path is sound.
 
-Every run is `python evaluate.py … eval=[ares_bench,sanity]`, with few images, steps and queries; what differs from the
-suite as it is stands under `reduced` in the result. The last run has the transfer matrix of all four models. The result
-holds the command, hardware and versions, and for each run its wall time, passes, accuracies, sanity verdicts and the
-chapters of its report, none of which may be empty. A run that is in --runs already is not asked again, and keeps its time.
+Every run is `python evaluate.py … eval=[ares_bench,sanity]`, with few images, steps and queries; what differs from
+the suite as it is stands under `reduced` in the result. The last run has the transfer matrix of all four models.
+The result holds the command, hardware and versions, and for each run its wall time, passes, accuracies, sanity
+verdicts and the chapters of its report, none of which may be empty. A run that is in --runs already is not asked
+again, and keeps its time.
 """
 
 from __future__ import annotations
@@ -45,9 +47,10 @@ BACKBONES = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_a
 OOD_FOLDERS = ("imagenet-a", "imagenet-r", "sketch", "stylized-imagenet/val", "imagenet-c/fog/3")
 """Of the published sets whose images lie in folders of classes."""
 TRAINING = ("trainer.max_epochs=1", "trainer.limit_train_batches=150", "trainer.limit_val_batches=1")
-CHAPTERS = {"Sanity", "Robustness curve", "Accuracy over queries", "Low frequencies alone", "Ensemble of attacks"} | {
-    "All results", "By class", "Confusion under attack", "Examples", "Corruptions", "Images", "Settings",
-}  # fmt: skip
+CHAPTERS = frozenset(
+    {"Sanity", "Robustness curve", "Accuracy over queries", "Low frequencies alone", "Ensemble of attacks"}
+    | {"All results", "By class", "Confusion under attack", "Examples", "Corruptions", "Images", "Settings"}
+)
 """Of every report of this suite, by the first words."""
 CHAPTERS_OF_MATRIX = {"Transfer"}
 CHAPTERS_OF_COMPARISON = {"Two models on the same images", "Robust accuracy against …", "Transfer"}
@@ -56,7 +59,7 @@ CHAPTERS_OF_IMAGENET = {"Other sets"}
 
 @dataclass(frozen=True)
 class Subject:
-    """A model by its name, the settings of evaluate.py that load it, and those that load it into a transfer matrix."""
+    """A model: its name, the settings of evaluate.py that load it, and how a transfer matrix names it."""
 
     name: str
     settings: tuple[str, ...]
@@ -77,7 +80,7 @@ def trained(adv: str, data: Path, runs: Path) -> Subject:
         model = ["model=cnn", "model.settings.width=16", f"adv={adv}", f"name=cnn-{adv}"]
         here = ["data=cifar10", f"data.root={data}", "data.num_workers=0", "trainer=cpu", f"run_dir={folder}"]
         run(["train.py", *model, *here, *TRAINING, "eval=[clean]", "subset=first:64"])
-    return Subject(f"cnn-{adv}", (f"ckpt={folder}", f"name=cnn-{adv}"), str(folder))
+    return Subject(f"cnn-{adv}", (f"ckpt={folder}",), str(folder))
 
 
 def fitted(architecture: str, root: Path, folder: Path) -> Subject:
@@ -138,7 +141,7 @@ def run(command: Sequence[str]) -> float:
 
 
 def chapters(page: Path) -> dict[str, bool]:
-    """Return the chapters of a report, and whether there is something in each: a drawn series, a picture or a cell."""
+    """Return the chapters of a report, and whether each holds something: a drawn series, a picture or a cell."""
     parts = re.split(r"<h2>(.*?)</h2>", page.read_text())[1:]
     return {title: _filled(text) for title, text in zip(parts[::2], parts[1::2], strict=True)}
 
@@ -146,7 +149,7 @@ def chapters(page: Path) -> dict[str, bool]:
 def _filled(text: str) -> bool:
     charts = re.findall(r'<script type="application/json" data-chart="[^"]*">(.*?)</script>', text, re.DOTALL)
     if charts:
-        return all(any(_numbers(json.loads(chart))) for chart in charts)
+        return all(any(_numbers(json.loads(chart)["data"])) for chart in charts)
     return "<td" in text or "<img" in text or 'class="checks"' in text
 
 
@@ -205,7 +208,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["runs"]:
         cells = [row["name"], f"{row['seconds']:.0f}", f"{row['forwards']:,}", f"{row['backwards']:,}"]
         for each in (row["clean"], row["headline"]):
-            cells.append(f"{100 * each['value']:.1f} ({100 * each['low']:.0f}–{100 * each['high']:.0f})")
+            cells.append(f"{100 * each['value']:.1f} ({100 * each['low']:.0f} to {100 * each['high']:.0f})")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -255,8 +258,8 @@ def measure(arguments: argparse.Namespace, runs: Path) -> dict[str, Any]:
         if subject is subjects[-1]:
             others = ",".join(f"{other.name}:{other.in_matrix}" for other in subjects[:-1])
             matrix = [f"eval.transfer.models={{{others}}}", f"eval.transfer.steps={arguments.transfer_steps}"]
-        settings = [*subject.settings, *([] if subject.settings[0].startswith("ckpt=") else [f"name={subject.name}"])]
-        command = ["evaluate.py", *settings, *common, "eval=[ares_bench,sanity]", *reduced, *matrix]
+        own = [*subject.settings, f"name={subject.name}"]
+        command = ["evaluate.py", *own, *common, "eval=[ares_bench,sanity]", *reduced, *matrix]
         timing = folder.with_suffix(".seconds.json")
         if not timing.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)

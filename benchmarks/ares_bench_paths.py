@@ -29,7 +29,7 @@ LOGIT = 10.0
 
 
 def make_model(key: str, root: Path) -> tuple[Classifier, float]:
-    """Return a random model of the zoo or of timm under a head fitted to the images of `root`, and its accuracy on them."""
+    """Return a random model of the zoo or timm whose head is fitted to images, and its accuracy on them."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         model = [f"model=zoo/{key}"] if key in ZOO else ["model=timm", f"model.name={key}"]
         settings = [*model, "model.weights=null", "data=imagenet", f"data.root={root}"]
