@@ -9,8 +9,8 @@ imagenet: random backbones under a head fitted to the images (ares_bench_paths.p
 that are these very images again, laid out as published. Such accuracies say nothing about a model, only that the
 path is sound.
 
-Every run is `python evaluate.py … eval=[ares_bench,sanity]`, with few images, steps and queries; what differs from
-the suite as it is stands under `reduced` in the result. The last run has the transfer matrix of all four models.
+Every run is `python evaluate.py … eval=[ares_bench,sanity]`, with few images, steps and queries; what is asked of
+the suite besides its name stands under `settings` in the result. The last run has the transfer matrix of all four models.
 The result holds the command, hardware and versions, and for each run its wall time, passes, accuracies, sanity
 verdicts and the chapters of its report, none of which may be empty. A run that is in --runs already is not asked
 again, and keeps its time.
@@ -105,7 +105,7 @@ def lay_out(images: Path, root: Path) -> Path:
 
 
 def reductions(arguments: argparse.Namespace) -> list[str]:
-    """Return every setting in which the suite is less than it is by default."""
+    """Return the settings that make the suite small enough."""
     small = arguments.kind == "cifar10"
     budgets = {
         "linf": "2/255,4/255,8/255" if small else "1/255,2/255,4/255",
@@ -278,7 +278,7 @@ def measure(arguments: argparse.Namespace, runs: Path) -> dict[str, Any]:
         "revision": revision(),
         "hardware": {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()},
         "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
-        "reduced": [*reduced, f"eval.transfer.steps={arguments.transfer_steps}"],
+        "settings": [*reduced, f"eval.transfer.steps={arguments.transfer_steps}"],
         "seconds": round(time.perf_counter() - start, 1),
         "runs": rows,
         "comparison": check_chapters(runs / "comparison.html", wanted | CHAPTERS_OF_COMPARISON),
