@@ -9,11 +9,10 @@ imagenet: random backbones under a head fitted to the images (ares_bench_paths.p
 that are these very images again, laid out as published. Such accuracies say nothing about a model, only that the
 path is sound.
 
-Every run is `python evaluate.py … eval=[ares_bench,sanity]`, with few images, steps and queries; what is asked of
-the suite besides its name stands under `settings` in the result. The last run has the transfer matrix of all four models.
-The result holds the command, hardware and versions, and for each run its wall time, passes, accuracies, sanity
-verdicts and the chapters of its report, none of which may be empty. A run that is in --runs already is not asked
-again, and keeps its time.
+Every run is `python evaluate.py … eval=[ares_bench,sanity]`, with few images, steps and queries, which stand under
+`settings` in the result. The last run has the transfer matrix of all four models. The result holds the command,
+hardware and versions, and for each run its wall time, passes, accuracies, sanity verdicts and the chapters of its
+report, none of which may be empty. A run that is in --runs already is not asked again, and keeps its time.
 """
 
 from __future__ import annotations
@@ -42,8 +41,13 @@ from provenance import device_name, revision, version
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ares-lightning", "torch", "torchvision", "timm", "lightning", "numpy")
 BLACK_BOX = ("square", "nes", "spsa", "nattack", "boundary", "evolutionary")
-BACKBONES = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto", "resnet18")
-"""The smallest of timm of the four families of ARES-Bench."""
+BACKBONES = {
+    "vit": ("vit_tiny_patch16_224", "{depth:4}"),
+    "swin": ("swin_tiny_patch4_window7_224", "{embed_dim:24,depths:[2,2,2,2],num_heads:[1,2,4,8]}"),
+    "convnext": ("convnext_atto", "{}"),
+    "resnet": ("resnet10t", "{}"),
+}
+"""Of the four families of ARES-Bench, with settings that make them small."""
 OOD_FOLDERS = ("imagenet-a", "imagenet-r", "sketch", "stylized-imagenet/val", "imagenet-c/fog/3")
 """Of the published sets whose images lie in folders of classes."""
 TRAINING = ("trainer.max_epochs=1", "trainer.limit_train_batches=150", "trainer.limit_val_batches=1")
@@ -83,15 +87,16 @@ def trained(adv: str, data: Path, runs: Path) -> Subject:
     return Subject(f"cnn-{adv}", (f"ckpt={folder}",), str(folder))
 
 
-def fitted(architecture: str, root: Path, folder: Path) -> Subject:
+def fitted(name: str, root: Path, folder: Path) -> Subject:
     """Make a random network that knows the images, unless it is there."""
-    weights = folder / f"{architecture}.pth"
+    architecture, small = BACKBONES[name]
+    weights = folder / f"{name}.pth"
     if not weights.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        classifier, _ = make_model(architecture, root)
+        classifier, _ = make_model(architecture, root, f"+model.settings={small}")
         torch.save(classifier.backbone.state_dict(), weights)
-    settings = ("model=timm", f"model.name={architecture}", f"model.weights={weights}")
-    return Subject(architecture, settings, f"{{name:{architecture},weights:{weights}}}")
+    settings = ("model=timm", f"model.name={architecture}", f"+model.settings={small}", f"model.weights={weights}")
+    return Subject(name, settings, f"{{name:{architecture},settings:{small},weights:{weights}}}")
 
 
 def lay_out(images: Path, root: Path) -> Path:

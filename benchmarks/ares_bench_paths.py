@@ -28,11 +28,11 @@ LOGIT = 10.0
 """What the head is to answer for the right class; for every other 0."""
 
 
-def make_model(key: str, root: Path) -> tuple[Classifier, float]:
+def make_model(key: str, root: Path, *more: str) -> tuple[Classifier, float]:
     """Return a random model of the zoo or timm whose head is fitted to images, and its accuracy on them."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         model = [f"model=zoo/{key}"] if key in ZOO else ["model=timm", f"model.name={key}"]
-        settings = [*model, "model.weights=null", "data=imagenet", f"data.root={root}"]
+        settings = [*model, "model.weights=null", "data=imagenet", f"data.root={root}", *more]
         cfg = compose("evaluate", settings)
     data = build_data(cfg, training=False)
     torch.manual_seed(cfg.seed)
