@@ -38,9 +38,13 @@ import torch
 from ares_bench_paths import make_model
 from provenance import device_name, revision, version
 
+from ares_lightning.data.imagenet import NUM_CLASSES, classes_of, places
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ares-lightning", "torch", "torchvision", "timm", "lightning", "numpy")
 BLACK_BOX = ("square", "nes", "spsa", "nattack", "boundary", "evolutionary")
+SAMPLING = ("nes", "spsa", "nattack")
+"""Those that estimate a gradient from many queries."""
 BACKBONES = {
     "vit": ("vit_tiny_patch16_224", "{depth:4}"),
     "swin": ("swin_tiny_patch4_window7_224", "{embed_dim:24,depths:[2,2,2,2],num_heads:[1,2,4,8]}"),
@@ -48,8 +52,10 @@ BACKBONES = {
     "resnet": ("resnet10t", "{}"),
 }
 """Of the four families of ARES-Bench, with settings that make them small."""
-OOD_FOLDERS = ("imagenet-a", "imagenet-r", "sketch", "stylized-imagenet/val", "imagenet-c/fog/3")
-"""Of the published sets whose images lie in folders of classes."""
+OOD_FOLDERS = {"imagenet-a": "a", "imagenet-r": "r"} | dict.fromkeys(
+    ("sketch", "stylized-imagenet/val", "imagenet-c/fog/3")
+)
+"""Of the published sets whose images lie in folders of classes, with the letter of those that have 200 of these."""
 TRAINING = ("trainer.max_epochs=1", "trainer.limit_train_batches=150", "trainer.limit_val_batches=1")
 CHAPTERS = frozenset(
     {"Sanity", "Robustness curve", "Accuracy over queries", "Low frequencies alone", "Ensemble of attacks"}
@@ -101,8 +107,11 @@ def fitted(name: str, root: Path, folder: Path) -> Subject:
 
 def lay_out(images: Path, root: Path) -> Path:
     """Write each image of val/<wnid>/ below the folders of published sets; return their root."""
-    for folder in OOD_FOLDERS:
+    for folder, letter in OOD_FOLDERS.items():
+        chosen = range(NUM_CLASSES) if letter is None else classes_of(letter)
         for image in sorted((images / "val").glob("*/*")):
+            if places()[image.parent.name] not in chosen:
+                continue
             place = root / folder / image.parent.name
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy(image, place / image.name)
@@ -122,6 +131,8 @@ def reductions(arguments: argparse.Namespace) -> list[str]:
         settings += [f"eval.curve_{norm}.eps=[{listed}]", f"eval.curve_{norm}.attack.steps={arguments.curve_steps}"]
     settings += ["eval.curve_ares.bisections=2", f"eval.curve_ares.attack.steps={arguments.ares_steps}"]
     settings += [f"eval.{name}.attack.queries={arguments.queries}" for name in BLACK_BOX]
+    if arguments.samples is not None:
+        settings += [f"eval.{name}.attack.samples={arguments.samples}" for name in SAMPLING]
     settings += ["eval.corruptions.severities=[3]", f"eval.sanity.queries={arguments.queries}"]
     settings += [f"eval.sanity.steps=[{','.join(map(str, arguments.sanity_steps))}]"]
     settings += [f"eval.sanity.strong_steps={arguments.sanity_steps[-1]}"]
@@ -230,6 +241,7 @@ def main() -> None:
     parser.add_argument("--transfer-steps", type=int, default=20)
     parser.add_argument("--sanity-steps", type=int, nargs=3, default=[20, 40, 80])
     parser.add_argument("--queries", type=int, default=200, help="of the black-box attacks")
+    parser.add_argument("--samples", type=int, help="queries of a step of NES, SPSA and N-Attack")
     parser.add_argument("--runs", type=Path, help="keep the run folders here, and go on with those that are there")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
