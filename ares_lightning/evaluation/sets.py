@@ -25,7 +25,7 @@ class NothingFoundError(ValueError):
 
 
 class FoundSets(NamedTuple):
-    """The sets to ask about, the undisturbed test images first; keys of those that were nothing given or found for."""
+    """The sets to ask about, the undisturbed test images first; keys of those that were looked for in vain."""
 
     sets: tuple[ImageSet, ...]
     not_found: tuple[str, ...]
