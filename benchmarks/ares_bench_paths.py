@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ares_lightning.build import build_classifier, build_data
 from ares_lightning.launch import CONFIG_DIR
-from ares_lightning.models import Classifier
+from ares_lightning.models import ZOO, Classifier
 
 RIDGE = 1e-3
 """Weight of the penalty, relative to the mean squared length of a feature vector."""
@@ -28,10 +28,11 @@ LOGIT = 10.0
 """What the head is to answer for the right class; for every other 0."""
 
 
-def make_model(key: str, root: Path) -> tuple[Classifier, float]:
-    """Return a random model of the zoo under a head fitted to the images of `root`, and its accuracy on them."""
+def make_model(key: str, root: Path, *more: str) -> tuple[Classifier, float]:
+    """Return a random model of the zoo or timm whose head is fitted to images, and its accuracy on them."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        settings = [f"model=zoo/{key}", "model.weights=null", "data=imagenet", f"data.root={root}"]
+        model = [f"model=zoo/{key}"] if key in ZOO else ["model=timm", f"model.name={key}"]
+        settings = [*model, "model.weights=null", "data=imagenet", f"data.root={root}", *more]
         cfg = compose("evaluate", settings)
     data = build_data(cfg, training=False)
     torch.manual_seed(cfg.seed)
@@ -78,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder with val/<wnid>/*.JPEG")
     parser.add_argument("output", type=Path)
-    parser.add_argument("keys", nargs="+", help="models of the zoo")
+    parser.add_argument("keys", nargs="+", help="models of the zoo, or architectures of timm")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for key in arguments.keys:

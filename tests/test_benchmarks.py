@@ -169,3 +169,29 @@ def test_the_page_of_training_shows_what_was_measured(monkeypatch):
     for device in ("cpu", "cuda"):
         measured = json.loads((SCRIPT.parent / "results" / f"training-{device}.json").read_text())
         assert step.table(measured).strip() in page
+
+
+@pytest.mark.parametrize("kind", ["cifar10"])
+def test_the_page_of_evaluation_shows_what_ares_bench_cost(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bench = importlib.import_module("ares_bench")
+    measured = json.loads((SCRIPT.parent / "results" / f"ares-bench-{kind}-cpu.json").read_text())
+    page = (SCRIPT.parents[1] / "docs" / "evaluation.md").read_text()
+    assert bench.table(measured) in page
+    assert f"{measured['seconds'] / 60:.0f} minutes" in page
+    assert len(measured["runs"]) == len(measured["leaderboard"]) == 4
+    assert all(row["failed"] == 0 and row["evaluators"] > 20 for row in measured["runs"])
+    assert "Transfer" in measured["runs"][-1]["chapters"]
+
+
+def test_an_empty_chapter_of_a_report_is_seen(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bench = importlib.import_module("ares_bench")
+    chart = '<h2>Curve</h2><script type="application/json" data-chart="c">{"data": {"a": CHOICE}}</script>'
+    page = tmp_path / "report.html"
+    page.write_text("<h2>Images</h2><table><tr><td>1</td></tr></table>" + chart.replace("CHOICE", '[{"x": [1]}]'))
+    assert bench.check_chapters(page, {"Images", "Curve"}) == ["Images", "Curve"]
+    page.write_text("<h2>Images</h2><table></table>" + chart.replace("CHOICE", "[]"))
+    assert bench.chapters(page) == {"Images": False, "Curve": False}
+    with pytest.raises(RuntimeError, match=r"empty chapters \['Images', 'Curve'\], missing \['Transfer'\]"):
+        bench.check_chapters(page, {"Transfer"})

@@ -32,6 +32,18 @@ def test_the_most_robust_model_comes_first(tmp_path: Path) -> None:
     assert ranked[0].low < ranked[0].robust < ranked[0].high
 
 
+def test_of_equally_robust_models_the_more_accurate_comes_first(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, Invented(name, clean=clean)) for name, clean in (("a", 0.6), ("b", 0.9))]
+    for folder in folders:
+        summary = json.loads((folder / "summary.json").read_text())
+        for row in summary:
+            if row["metric"] == "robust_accuracy":
+                row["value"] = 0.5
+        (folder / "summary.json").write_text(json.dumps(summary))
+    assert [entry.model for entry in board(*folders)] == ["b", "a"]
+    assert [run.name for run in read_runs(folders)] == ["b", "a"]
+
+
 def test_two_runs_of_a_model_are_one_entry_of_what_withstood_both(tmp_path: Path) -> None:
     same = {"fingerprint": "f" * 16, "strength": 1.0}
     folders = [write_run(tmp_path / name, Invented(name, **same)) for name in ("first", "second")]

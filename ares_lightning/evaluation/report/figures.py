@@ -265,6 +265,7 @@ def scatter_chart(name: str, points: Sequence[Point], x_title: str, log: bool = 
                     {
                         "type": "scatter",
                         "mode": "markers",
+                        "cliponaxis": False,
                         "name": escape(group),
                         "x": [escape(point.x) if isinstance(point.x, str) else point.x for point in own],
                         "y": [100 * point.value for point in own],

@@ -62,7 +62,7 @@ class Entry:
 
 
 def entries(runs: Sequence[Run]) -> list[Entry]:
-    """Return the entries, those of the largest group first and in each the most robust.
+    """Return the entries, those of the largest group first and in each the most robust, then the most accurate.
 
     Runs with the same model fingerprint, set and threat model are one entry: where all of them have their verdicts
     on the same samples, a sample counts as robust if it withstood the attacks of every run; else the lowest of
@@ -78,7 +78,12 @@ def entries(runs: Sequence[Run]) -> list[Entry]:
         replace(entry, model=entry.runs[0]) if names[entry.group, entry.model] > 1 else entry for entry in found
     ]
     sizes = Counter(entry.group for entry in found)
-    return sorted(found, key=lambda entry: (-sizes[entry.group], entry.group, -entry.robust, entry.model))
+
+    def rank(entry: Entry) -> tuple[int, str, float, float, str]:
+        clean = entry.clean.value if entry.clean else 0
+        return (-sizes[entry.group], entry.group, -entry.robust, -clean, entry.model)
+
+    return sorted(found, key=rank)
 
 
 def write_leaderboard(runs: Sequence[Path], output: Path) -> Path:

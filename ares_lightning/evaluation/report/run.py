@@ -220,14 +220,15 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders, rank them by threat model and robust accuracy, and give each a style and a label.
+    """Read run folders, rank them by threat model, robust and clean accuracy, and give each a style and a label.
 
     Raises ValueError naming the file of a run that cannot be read.
     """
 
-    def rank(run: Run) -> tuple[str, float, float]:
+    def rank(run: Run) -> tuple[str, float, float, float]:
         row = run.robust
-        return (row.norm or "", row.eps or 0, -row.value) if row else ("~", 0, 0)
+        clean = run.clean.value if run.clean else 0
+        return (row.norm or "", row.eps or 0, -row.value, -clean) if row else ("~", 0, 0, -clean)
 
     runs = sorted((_read_run(Path(folder).resolve()) for folder in folders), key=rank)
     above = Path(os.path.commonpath([run.folder for run in runs]))
