@@ -98,6 +98,14 @@ def test_evaluating_the_checkpoint_gives_the_numbers_of_the_training(trained, tm
     assert sorted((tmp_path / "verdicts").iterdir()) == parts, "nothing is asked twice"
 
 
+def test_a_plan_is_printed_and_nothing_is_written(trained, tmp_path):
+    done = run("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path / 'run'}", "plan=true", "eval=[clean,pgd20]")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^pgd20 +digits +360 +22 +20 ", done.stdout, re.M)
+    assert re.search(r"^total .* s$", done.stdout, re.M)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_interrupted_training_keeps_its_checkpoint_and_goes_on(trained, tmp_path):
     command = [
         sys.executable,
