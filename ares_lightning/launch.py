@@ -18,14 +18,12 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
-import wandb
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from wandb.errors import Error as WandbError
 
 from ares_lightning.atomic import WriteError
 from ares_lightning.build import (
@@ -40,19 +38,30 @@ from ares_lightning.build import (
     build_trainer,
     check_keys,
     check_resumed,
-    name_wandb_run,
+    end_loggers,
+    prepare_logger,
     rehearse,
+    start_loggers,
     take_weights,
 )
 from ares_lightning.data import VARIANTS, ImageError
 from ares_lightning.evaluating import EvaluatorFailedError, run_evaluation
+from ares_lightning.evaluation.dashboards import log_evaluation
 from ares_lightning.evaluation.plan import plan
 from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.evaluation.workers import Workers
 from ares_lightning.models import ZOO, CheckpointError, Classifier, load_network, read_checkpoint
 from ares_lightning.models.checkpoints import find_checkpoint
 from ares_lightning.models.weights import trained_weights
-from ares_lightning.run_folder import find_start, inherited, is_main_process, new_run_dir, requeue, write_config
+from ares_lightning.run_folder import (
+    find_start,
+    inherited,
+    is_main_process,
+    new_run_dir,
+    read_config,
+    requeue,
+    write_config,
+)
 from ares_lightning.training.preemption import Stopped, StopSignals
 from ares_lightning.training.tricks import NonFiniteError
 
@@ -102,7 +111,7 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         check_keys(cfg)
         if start.checkpoint is not None:
             check_resumed(cfg, start.checkpoint)
-        name_wandb_run(cfg, start.config)
+        prepare_logger(cfg, start.config)
         average_over_draws(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         data = build_data(cfg, training=True)
@@ -119,6 +128,8 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         if taken:
             print(taken)
         write_config(cfg, run_dir)
+        if not cfg.trainer.fast_dev_run:
+            trainer.loggers = start_loggers(cfg, run_dir)
     goes_on, outcome = f"resume=last run_dir={run_dir} goes on", None
     try:
         with inherited(RUN_ID=run_dir.name):
@@ -132,6 +143,7 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         if evaluation.evaluators:
             outcome = run_evaluation(evaluation, data, net, run_dir, module.device, workers)
             metrics |= outcome.metrics
+            log_evaluation(trainer.loggers, run_dir)
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into SystemExit
         _end_other_processes(trainer.strategy)
         if isinstance(error, SystemExit) and not trainer.interrupted:
@@ -146,8 +158,6 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
     except WriteError as error:
         _end_other_processes(trainer.strategy)
         raise WriteError(f"{error}; {goes_on} once there is room") from error
-    except WandbError as error:
-        raise ConfigError(f"logger=wandb: {error}; `wandb login`, or logger.offline=true") from error
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     except NonFiniteError as error:
@@ -168,10 +178,7 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
             f"data.num_workers={cfg.data.num_workers}: {' '.join(str(error).split()).rstrip('.')}, perhaps for "
             f"want of memory; {goes_on}, data.num_workers=0 loads in the main process"
         ) from error
-    for logger in trainer.loggers:
-        logger.finalize("success")
-    if wandb.run is not None:
-        wandb.finish()  # the next job of a sweep is a run of its own
+    end_loggers(trainer.loggers)
     if outcome is not None:
         outcome.check()
     return metrics
@@ -220,14 +227,19 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
         run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / str(cfg.name) / evaluation.fingerprint(net))
         if is_main_process():
             _check_evaluation_folder(evaluation, net, run_dir)
+        prepare_logger(cfg, read_config(run_dir))
+    loggers = []
     if is_main_process():
         write_config(cfg, run_dir)
+        loggers = start_loggers(cfg, run_dir)
     fabric.launch()
     try:
         outcome = run_evaluation(evaluation, data, net, run_dir, fabric.device, Workers.current())
+        log_evaluation(loggers, run_dir)
     except BaseException:
         _end_other_processes(fabric.strategy)
         raise
+    end_loggers(loggers)
     outcome.check()
     return outcome.metrics
 

@@ -61,7 +61,7 @@ def find_start(cfg: DictConfig) -> Start:
         if not path.is_file() and (run_dir / "config.yaml").is_file():
             if is_main_process():
                 print(f"resume=last: no checkpoint yet in {run_dir}; begins again with the settings in config.yaml")
-            return Start(run_dir, config=OmegaConf.load(run_dir / "config.yaml"))
+            return Start(run_dir, config=read_config(run_dir))
     if not path.is_file():
         raise ConfigError(f"resume={resume}: no such checkpoint: {path}")
     checkpoint = read_checkpoint(path)
@@ -129,6 +129,12 @@ def requeue() -> str:
     if done.returncode:
         return f"launch.requeue=true: scontrol requeue {job} failed: {' '.join(done.stderr.split())}"
     return f"requeued: {job}"
+
+
+def read_config(run_dir: Path) -> Any:
+    """Return the config of a run folder, None where there is none yet."""
+    file = run_dir / "config.yaml"
+    return OmegaConf.load(file) if file.exists() else None
 
 
 def write_config(cfg: DictConfig, run_dir: Path) -> None:

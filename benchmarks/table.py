@@ -10,13 +10,18 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def table() -> str:
+def tables() -> str:
+    """Return two Markdown tables, of what was measured on CPUs and on GPUs."""
+    return "\n".join(table(device) for device in ("cpu", "cuda"))
+
+
+def table(device: str) -> str:
     """Return a Markdown table with a row for each contest of each file, the times in multiples of ours."""
     lines = [
         "| network | attack | images | ours: robust % | others: time in ours (robust %) |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for path in sorted(RESULTS.glob("*cifar10*.json"), reverse=True):
+    for path in sorted(RESULTS.glob(f"*cifar10-{device}*.json"), reverse=True):
         report = json.loads(path.read_text())
         subject = report["subject"]
         for contest in report["contests"]:
@@ -32,4 +37,4 @@ def _robust(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    print(tables(), end="")

@@ -166,5 +166,6 @@ def test_the_page_of_training_shows_what_was_measured(monkeypatch):
     page = (SCRIPT.parents[1] / "docs" / "training.md").read_text()
     assert tricks.table(report["rows"]) in page
     step = importlib.import_module("training")
-    measured = json.loads((SCRIPT.parent / "results" / "training-cpu.json").read_text())
-    assert step.table(measured).strip() in page
+    for device in ("cpu", "cuda"):
+        measured = json.loads((SCRIPT.parent / "results" / f"training-{device}.json").read_text())
+        assert step.table(measured).strip() in page

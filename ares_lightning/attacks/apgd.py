@@ -285,7 +285,7 @@ class _SparseAscent(_Ascent):
         rows.step = self.eps
         rows.rises = torch.zeros_like(rows.loss)
         rows.support = self._support(rows.images)
-        rows.share = rows.support / self._numel / L1_SPARSER
+        rows.share = self._sparser_share(rows.support)
 
     @property
     def _numel(self) -> int:
@@ -295,6 +295,11 @@ class _SparseAscent(_Ascent):
         """Return how many values of each image differ from the clean one, [n]."""
         return (images != self.search.clean).flatten(1).sum(1).to(images.dtype)
 
+    def _sparser_share(self, support: Tensor) -> Tensor:
+        """Return the share of the pixels that steps move; by tensors, since CUDA divides inexactly by numbers."""
+        numel, sparser = (torch.full_like(support, value) for value in (self._numel, L1_SPARSER))
+        return support / numel / sparser
+
     def _stepped(self, with_momentum: bool) -> Tensor:
         rows, search = self.rows, self.search
         slope = rows.gradient.flatten(1).abs()
@@ -303,14 +308,14 @@ class _SparseAscent(_Ascent):
         direction = rows.gradient.sign() * (slope >= least).view_as(rows.gradient)
         length = rows.step / direction.flatten(1).abs().sum(1).clamp_(min=1)
         images: Tensor = rows.images + direction * per_pixel(length.to(direction.dtype))
-        return _traced_projection(images, search.clean, self.eps)
+        return search.ball.project(images, search.clean, self.eps)
 
     def _checkpoint(self, interval: int) -> Tensor:
         rows = self.rows
         support = self._support(rows.best)
         reset: Tensor = support / rows.support < L1_STABLE_SUPPORT
         rows.step = torch.where(reset, self.eps, (rows.step / L1_SPARSER).clamp(min=L1_LEAST_STEP * self.eps))
-        rows.support, rows.share = support, support / self._numel / L1_SPARSER
+        rows.support, rows.share = support, self._sparser_share(support)
         return reset
 
     def _next_interval(self, interval: int, steps: int) -> int:
@@ -321,40 +326,14 @@ def _sparse_climb(search: Search, aims: Tensor | None, steps: int, key: int) -> 
     """Search budgets that shrink to the threat model's, each from the best point of the last (section 3.3)."""
     clean = search.clean
     images = clean + search.noise("normal", tuple(clean.shape[1:]), key)
-    images = _traced_projection(images, clean, L1_SCHEDULE[0][0] * search.eps)
+    images = search.ball.project(images, clean, L1_SCHEDULE[0][0] * search.eps)
     left = steps
     for multiple, share in L1_SCHEDULE:
         taken = left if multiple == 1 else min(math.ceil(share * steps), left)
         left -= taken
-        start = _traced_projection(images, clean, multiple * search.eps)
+        start = search.ball.project(images, clean, multiple * search.eps)
         images = _SparseAscent(search, start, aims, multiple).climb(taken)
     return images
-
-
-def _traced_projection(images: Tensor, clean: Tensor, eps: Tensor) -> Tensor:
-    """Return the nearest points of L1 ball ∩ box, by adding to `images` what takes them there.
-
-    Where a pixel goes all the way back to its clean value, rounding may leave a trace. The implementation counts
-    these pixels to the support, which sets the sparsity of its steps; to follow its iterates, the traces stay and
-    the sums are taken in its order: the total that the pixels give up grows, between one breakpoint and the next,
-    with the number of pixels that are past their excess over the box and not yet back at their clean value.
-    """
-    delta = (images - clean).flatten(1)
-    wide, base = delta.double(), clean.flatten(1).double()
-    size = wide.abs()
-    excess = -torch.minimum(1 - base - wide, base + wide).clamp(max=0)
-    bends, order = torch.cat([excess, size], dim=1).sort(dim=1)
-    ends = torch.cat([bends[:, 1:], torch.zeros_like(bends[:, :1])], dim=1)
-    moving = torch.where(order < size.shape[1], 1.0, -1.0).double().cumsum(1)
-    spare = (eps - size.sum(1))[:, None]
-    total = excess.sum(1, keepdim=True)
-    given = total + ((ends - bends) * moving).cumsum(1) + spare
-    place = ((given < 0).sum(1, keepdim=True) - 1).clamp_(min=0)
-    after = (place + 1).clamp_(max=moving.shape[1] - 1)
-    amount = ends.gather(1, place) - given.gather(1, place) / moving.gather(1, after).clamp(min=1)
-    back = torch.where(total + spare < 0, torch.minimum(torch.maximum(excess, amount), size), excess)
-    traced = (clean.flatten(1) + delta - delta.sign() * back.to(delta.dtype)).view_as(clean).clamp_(0, 1)
-    return BALLS["l1"].take_back(traced, clean, eps)
 
 
 def _random_start(search: Search, key: int) -> Tensor:

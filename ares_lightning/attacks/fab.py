@@ -203,7 +203,7 @@ def boundary_step(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> T
     flat = points.flatten(1)
     room = torch.where(direction > 0, 1 - flat, flat)
     if norm == "l1":
-        slope, order = slope.sort(dim=1, descending=True)
+        slope, order = slope.sort(dim=1, descending=True, stable=True)
         room = room.gather(1, order)
         gain = (slope * room).double()
         spent = torch.minimum((need - (gain.cumsum(1) - gain)).clamp_(min=0) / slope, room)

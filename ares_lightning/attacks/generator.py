@@ -60,7 +60,7 @@ class CDA(Attack):
         if min(clean.shape[2:]) < LEAST_SIZE:
             size = f"{clean.shape[2]} x {clean.shape[3]}"
             raise ValueError(f"images are {size}; the generator of cda takes {LEAST_SIZE} pixels a side or more")
-        network = load_generator(self.generator).to(clean)
+        network = load_generator(self.generator).to(clean, non_blocking=True)
         made = torch.cat([network(part) for part in torch.split(clean, GENERATOR_ROWS)])
         search.finish(self.ball.project(smooth(made, KERNEL_SIZE, KERNEL_SPAN), clean, search.eps))
 

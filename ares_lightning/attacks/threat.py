@@ -153,7 +153,7 @@ class _L1(Ball):
         """
         size, room, budget = _magnitudes(images, clean, eps)
         values = torch.cat([size, (size - room).clamp_(min=0)], dim=1)
-        values, order = values.sort(dim=1, descending=True)
+        values, order = values.sort(dim=1, descending=True, stable=True)
         weights = torch.where(order < size.shape[1], 1.0, -1.0).to(values.dtype)
         count, total = weights.cumsum(1), (weights * values).cumsum(1)
         sums = total - count * values
@@ -171,7 +171,7 @@ class _L1(Ball):
         """Spend `size` on the pixels with the largest gradients, each up to the edge of the box."""
         slope = gradient.flatten(1)
         room = torch.where(slope > 0, 1 - images.flatten(1), images.flatten(1)) * (slope != 0)
-        order = slope.abs().argsort(dim=1, descending=True)
+        order = slope.abs().argsort(dim=1, descending=True, stable=True)
         room = room.gather(1, order)
         spent_before = room.cumsum(1) - room
         budget = torch.as_tensor(size, dtype=room.dtype, device=room.device).reshape(-1, 1)

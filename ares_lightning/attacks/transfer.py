@@ -284,12 +284,12 @@ def _placed(full: int, size: Tensor, place: Tensor, applies: Tensor, rate: float
 
 def _whole(draw: Tensor, low: int, high: int | Tensor) -> Tensor:
     """Turn draws in [0, 1] into whole numbers from `low` to `high`, equally likely."""
-    return low + torch.minimum((draw * (high - low + 1)).floor(), torch.as_tensor(high - low).to(draw))
+    return low + (draw * (high - low + 1)).floor().clamp_(max=high - low)
 
 
 def smooth(images: Tensor, size: int, span: float) -> Tensor:
     """Convolve every channel with a Gaussian of odd width `size`, its edges `span` standard deviations away."""
-    positions = torch.linspace(-span, span, size, dtype=torch.float64)
+    positions = torch.linspace(-span, span, size, dtype=torch.float64, device=images.device)
     column = torch.exp(-positions.square() / 2)
     kernel = column[:, None] * column
     kernel = (kernel / kernel.sum()).to(images).expand(images.shape[1], 1, size, size)

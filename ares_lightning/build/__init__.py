@@ -4,10 +4,11 @@ from ares_lightning.build.config import ConfigError, check_keys
 from ares_lightning.build.data import build_data
 from ares_lightning.build.devices import build_fabric
 from ares_lightning.build.evaluation import build_evaluation, build_evaluators, build_threat
+from ares_lightning.build.loggers import end_loggers, prepare_logger, start_loggers
 from ares_lightning.build.model import average_over_draws, build_classifier, take_weights
 from ares_lightning.build.objective import build_objective
 from ares_lightning.build.periodic import build_periodic
-from ares_lightning.build.trainer import build_trainer, check_resumed, name_wandb_run
+from ares_lightning.build.trainer import build_trainer, check_resumed
 from ares_lightning.build.training import build_module, rehearse
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "build_trainer",
     "check_keys",
     "check_resumed",
-    "name_wandb_run",
+    "end_loggers",
+    "prepare_logger",
     "rehearse",
+    "start_loggers",
     "take_weights",
 ]

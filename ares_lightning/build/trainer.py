@@ -1,9 +1,7 @@
-"""The Trainer of a config, with its callbacks and loggers."""
+"""The Trainer of a config, with its callbacks."""
 
 from __future__ import annotations
 
-import importlib.util
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,7 @@ import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, EarlyStopping
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from ares_lightning.attacks import make_attack
 from ares_lightning.attacks.attack import check_count
@@ -39,7 +36,7 @@ def build_trainer(
     cost: StepCost | None = None,
     periodic: PeriodicEvaluation | None = None,
 ) -> L.Trainer:
-    """Build the Lightning Trainer with its callbacks and loggers; writes nothing yet.
+    """Build the Lightning Trainer with its callbacks; writes nothing yet.
 
     stop: signals that end the training. cost: of a step, for the forecast. periodic: evaluates during it.
     """
@@ -55,14 +52,13 @@ def build_trainer(
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # `stop` sees to signals
     debugging = bool(settings["fast_dev_run"])
-    loggers = [] if debugging else _loggers(cfg, run_dir)
     callbacks = _callbacks(cfg, run_dir, None if debugging else stop, cost, periodic, checkpoints=not debugging)
     try:
         return L.Trainer(
             **settings,
             plugins=plugins,
             callbacks=callbacks,
-            logger=loggers or False,
+            logger=False,  # they are given to it once there is a run folder
             enable_checkpointing=not debugging,
             default_root_dir=run_dir,
             gradient_clip_val=cfg.optim.clip_grad_norm,
@@ -148,30 +144,6 @@ _TRICKS: dict[str, Callable[[DictConfig, dict[str, Any]], Callback]] = {
     "early_stopping": _early_stopping,
     "overfitting_probe": _overfitting_probe,
 }
-
-
-def _loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
-    loggers: list[Logger] = []
-    if cfg.logger.name == "tensorboard":
-        if importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError(
-                "logger=tensorboard: TensorBoard is not installed; pip install ares-lightning[tensorboard]"
-            )
-        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
-    elif cfg.logger.name == "wandb":
-        settings = {key: value for key, value in plain(cfg.logger).items() if key != "name"}
-        loggers.append(WandbLogger(save_dir=run_dir, name=cfg.name, config=plain(cfg), **settings))
-    elif cfg.logger.name != "csv":
-        raise ConfigError(f"logger.name={cfg.logger.name}: expected csv, tensorboard or wandb")
-    return loggers
-
-
-def name_wandb_run(cfg: DictConfig, saved: DictConfig | None) -> None:
-    """Put the id of the Weights & Biases run into `logger`: that of a training that goes on, else a new one."""
-    if cfg.logger.name == "wandb" and not cfg.logger.get("id"):
-        with open_dict(cfg):
-            cfg.logger.id = OmegaConf.select(saved, "logger.id") if saved is not None else None
-            cfg.logger.id = cfg.logger.id or secrets.token_hex(4)
 
 
 def check_resumed(cfg: DictConfig, checkpoint: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from ares_lightning.attacks import parse_budget
-from ares_lightning.attacks.noise import sample_noise
+from ares_lightning.attacks.noise import LEAST_NUMBERS, sample_noise
 from ares_lightning.attacks.threat import BALLS
 
 NORMS = ("linf", "l2", "l1")
@@ -163,6 +165,20 @@ def test_noise_belongs_to_the_sample():
     assert torch.equal(together[1], alone[0])
     for key in ((1, "pgd", 1), (0, "fgsm", 1), (0, "pgd", 2)):
         assert not torch.equal(alone, sample_noise("normal", key, [8], (2, 4), like))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal"])
+def test_noise_has_the_same_bits_however_many_threads_draw_it(kind):
+    ids, shape, like = list(range(11)), (3, 200, 200), torch.empty(0)
+    assert len(ids) * math.prod(shape) > LEAST_NUMBERS
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        many = sample_noise(kind, (0, "pgd", 1), ids, shape, like)
+    finally:
+        torch.set_num_threads(before)
+    alone = [sample_noise(kind, (0, "pgd", 1), [i], shape, like) for i in ids]
+    assert torch.equal(many, torch.cat(alone))
 
 
 @pytest.mark.parametrize(

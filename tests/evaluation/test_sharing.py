@@ -71,7 +71,13 @@ def checkpoint(tmp_path_factory) -> Path:
 def asked(work: int) -> list[str]:
     """An evaluation in many parts; `work` times 20 steps of the attacks."""
     steps = [f"eval.{name}.attack.steps={20 * work}" for name in ("pgd20", "curve_threat")]
-    return ["eval=[clean,pgd20,curve_threat]", "subset=random:120@0", "data.eval_batch_size=4", "precision=fp64", *steps]
+    return [
+        "eval=[clean,pgd20,curve_threat]",
+        "subset=random:120@0",
+        "data.eval_batch_size=4",
+        "precision=fp64",
+        *steps,
+    ]
 
 
 ASKED = asked(4)

@@ -27,8 +27,8 @@ class NonFiniteError(RuntimeError):
 class NonFiniteGuard(Callback):
     """Names the first step whose loss is infinite or NaN, on any process, and raises NonFiniteError.
 
-    The step is noted on the device without a wait; it is read every so many steps and before every checkpoint, so
-    that none is written after it.
+    The step is noted on the device without a wait; it is read every so many steps, before every checkpoint, so that
+    none is written after it, before a validation and after every epoch.
 
     every_n_steps: 50.
     """
@@ -54,8 +54,16 @@ class NonFiniteGuard(Callback):
             self._first = torch.full((), NONE, device=loss.device)
         step = torch.where(loss.isfinite(), NONE, self._step)
         self._first = torch.minimum(self._first, step)
-        if trainer.is_last_batch or (batch_idx + 1) % self._every_n_steps == 0:
+        if (batch_idx + 1) % self._every_n_steps == 0:
             self._look(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look before the network is asked."""
+        self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look at the end of an epoch that no validation follows."""
+        self._look(trainer)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
