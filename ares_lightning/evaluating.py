@@ -15,6 +15,7 @@ from ares_lightning.evaluation.curves import Curve
 from ares_lightning.evaluation.report import write_report
 from ares_lightning.evaluation.robustbench import RobustBenchEvaluator, write_record
 from ares_lightning.evaluation.run import Evaluation, Failure
+from ares_lightning.evaluation.sanity import Check, SanityAttack
 from ares_lightning.evaluation.workers import Workers
 
 LISTED = ("clean_accuracy", "robust_accuracy", "targeted_robust_accuracy", "mean_accuracy", "mce", "relative_mce")
@@ -69,6 +70,7 @@ def run_evaluation(
     if results.skipped:
         print(f"skipped: {len(results.skipped)} images that cannot be used, listed in {run_dir / 'about.json'}")
     metrics = _say_results(evaluation, results.summary)
+    _say_sanity(results.checks)
     if any(isinstance(evaluator, RobustBenchEvaluator) for evaluator in evaluation.evaluators):
         print(write_record(run_dir))
     print(f"report: {report}")
@@ -84,13 +86,14 @@ def _say_what_is_asked(evaluation: Evaluation) -> None:
 
 
 def _say_results(evaluation: Evaluation, summary: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Print the rows but those of curves and of single corruptions; return them by name."""
+    """Print the rows but those of curves, single corruptions and sanity attacks; return them by name."""
     curves = {evaluator.name for evaluator in evaluation.evaluators if isinstance(evaluator, Curve)}
+    checking = {evaluator.name for evaluator in evaluation.evaluators if isinstance(evaluator, SanityAttack)}
     of_sets = {evaluator.name for evaluator in evaluation.evaluators if evaluator.own_sets}
     metrics = {}
     for row in summary:
         is_cell = row["set"].count("/") == 2
-        if row["evaluator"] in curves or is_cell or row["metric"] not in LISTED:
+        if row["evaluator"] in curves | checking or is_cell or row["metric"] not in LISTED:
             continue
         eps = "any budget" if row["eps"] is None else f"{row['eps']:.4g}"
         budget = "" if row["norm"] is None else f" ({row['norm']} {eps})"
@@ -101,3 +104,13 @@ def _say_results(evaluation: Evaluation, summary: Sequence[Mapping[str, Any]]) -
         )
         metrics[f"{name}/{row['metric']}"] = row["value"]
     return metrics
+
+
+def _say_sanity(checks: Sequence[Check]) -> None:
+    """Print how many checks passed, and what the others found."""
+    asked = [check for check in checks if check.verdict != "not asked"]
+    amiss = [check for check in asked if check.verdict != "pass"]
+    passed, not_asked = len(asked) - len(amiss), len(checks) - len(asked)
+    print(f"{'sanity':>12}: {passed} of {len(asked)} checks passed, {not_asked} not asked")
+    for check in amiss:
+        print(f"{check.verdict:>12}: {check.title}. {check.evidence}")

@@ -333,6 +333,13 @@ def _complaint(error: Exception) -> str:
     unknown = re.match(r"Could not override '([^']+)'", line)
     if unknown:
         line = f"{unknown[1]}: no such key; --cfg job prints all keys"
+    choice = re.match(r".*Could not (?:load|find) '(\w+)/([^/']+)'", line)
+    if choice:
+        group, given = choice.groups()
+        known = sorted(file.stem for file in (CONFIG_DIR / group).glob("*.yaml"))
+        near = get_close_matches(given, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        line = f"{group}={given}: no such choice; {hint}expected one of {', '.join(known)}"
     in_zoo = re.match(r".*Could not find 'model/zoo/([^']+)'", line)
     if in_zoo:
         near = get_close_matches(in_zoo[1], ZOO, n=1)

@@ -25,7 +25,8 @@ from ares_lightning.training.devices import device_settings
 TWO = [*SHORT, "trainer.max_epochs=1", "data.batch_size=16"]
 BY_HAND = ["trainer=cpu", "trainer.num_nodes=2", "trainer.strategy=ddp"]
 TORCHRUN = ["-m", "torch.distributed.run"]
-FILES = {"config.yaml", "checkpoints", "metrics.csv", "verdicts", "summary.json", "about.json", "report.html"}
+FILES = {"config.yaml", "checkpoints", "metrics.csv", "verdicts", "summary.json", "about.json", "sanity.json"}
+FILES |= {"report.html"}
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ from ares_lightning.data import ImageSet
 from ares_lightning.evaluation.fingerprints import model_fingerprint
 from ares_lightning.evaluation.sets import NothingFoundError
 from ares_lightning.evaluation.transfer import OtherModel, TransferEvaluator
-from ares_lightning.models import ClassAnswers, load_network, read_checkpoint
+from ares_lightning.models import CheckpointError, ClassAnswers, load_network, read_checkpoint
 from ares_lightning.models.checkpoints import find_checkpoint
 from ares_lightning.models.weights import trained_weights
 from ares_lightning.models.zoo import find_model
@@ -108,13 +108,20 @@ def _is_evaluated(model: Any, cfg: DictConfig) -> bool:
     own = OmegaConf.select(cfg, "ckpt")
     if model.startswith(ZOO_PREFIX):
         return own is None and cfg.model.key == model.removeprefix(ZOO_PREFIX)
-    return own is not None and find_checkpoint(Path(model)).resolve() == find_checkpoint(Path(own)).resolve()
+    return own is not None and _checkpoint(model).resolve() == find_checkpoint(Path(own)).resolve()
+
+
+def _checkpoint(model: str) -> Path:
+    try:
+        return find_checkpoint(Path(model))
+    except CheckpointError as error:
+        raise ValueError(f"models={model}: {error}") from error
 
 
 def _other(name: str, model: Any, cfg: DictConfig, dataset: ImageSet) -> OtherModel:
     """Load a model with its weights."""
     if isinstance(model, str) and not model.startswith(ZOO_PREFIX):
-        path = find_checkpoint(Path(model))
+        path = _checkpoint(model)
         checkpoint = read_checkpoint(path)
         config = OmegaConf.create(checkpoint["config"])
         for key in FACTS:

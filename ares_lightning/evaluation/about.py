@@ -20,7 +20,8 @@ PACKAGES = ("ares-lightning", "torch", "torchvision", "timm", "lightning", "nump
 
 def about_sets(questions: Sequence[Question]) -> list[dict[str, Any]]:
     """Return, for each set, how many images were asked about, which they were, and how they were prepared."""
-    sets = {question.dataset.name: question.dataset for question in questions}
+    datasets = sorted((question.dataset for question in questions), key=len)  # a part of a set is no set of its own
+    sets = {dataset.name: dataset for dataset in datasets}
     hashes: dict[int, str] = {}
     for dataset in sets.values():
         hashes[id(dataset.source)] = hashes.get(id(dataset.source)) or subset_hash(dataset)
@@ -31,7 +32,7 @@ def about_sets(questions: Sequence[Question]) -> list[dict[str, Any]]:
             "names_hash": hashes[id(dataset.source)],
             "preparation": dataset.preparation,
         }
-        for dataset in sets.values()
+        for dataset in (sets[name] for name in dict.fromkeys(question.dataset.name for question in questions))
     ]
 
 

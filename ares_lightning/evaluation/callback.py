@@ -59,6 +59,7 @@ class PeriodicEvaluation(Callback):
         for name in [name for name in trainer.callback_metrics if name.startswith(f"{PREFIX}/")]:
             del trainer.callback_metrics[name]
 
+    @torch.inference_mode(False)
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Ask, if it is time, and log what comes out."""
         if trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:

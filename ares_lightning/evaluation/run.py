@@ -24,7 +24,7 @@ from ares_lightning.evaluation.evaluators import Evaluator, SetsEvaluator
 from ares_lightning.evaluation.examples import write_examples
 from ares_lightning.evaluation.fingerprints import model_fingerprint, set_fingerprint, source_fingerprint
 from ares_lightning.evaluation.progress import EvaluationProgress
-from ares_lightning.evaluation.sanity import Probes, SanityAttack, run_checks, sanity_report, take_probes
+from ares_lightning.evaluation.sanity import Check, Probes, SanityAttack, run_checks, sanity_report, take_probes
 from ares_lightning.evaluation.summary import summarise
 from ares_lightning.evaluation.verdicts import SCHEMA, Ledger
 from ares_lightning.evaluation.workers import Workers
@@ -44,12 +44,13 @@ class Failure:
 class Results:
     """What an evaluation has found out: rows of summary.json, questions that failed, the verdict rows.
 
-    skipped: why images could not be used, by sample name.
+    checks: whether that can be believed. skipped: why images could not be used, by sample name.
     """
 
     summary: list[dict[str, Any]] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     verdicts: pa.Table = field(default_factory=SCHEMA.empty_table)
+    checks: list[Check] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -176,9 +177,11 @@ class Evaluation:
         """
         started, workers = time.time(), workers or Workers()
         results, asking, answered = self.ask(net, run_dir, device, workers)
-        left_out = {name: why for each in workers.gather(dict(skipped or {})) for name, why in each.items()}
+        all_skipped = {name: why for each in workers.gather(dict(skipped or {})) for name, why in each.items()}
+        checks: list[Check] = []
         if workers.leads:
             write_examples(run_dir / "examples.npz", asking, answered, self.threat)
+            probes = self._probed(asking, results.failed)
             facts = {
                 "model_fingerprint": asking.model_fingerprint,
                 "fingerprint": self._fingerprint_for(asking.model_fingerprint),
@@ -187,13 +190,12 @@ class Evaluation:
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                 "seconds": round(time.time() - started, 3),
             }
-            probes = self._probed(asking, results.failed)
             about = {
                 "run": about_run(net, **facts),
                 "models": self.asked_of(asking.model_fingerprint).models | {asking.model_fingerprint: self.name},
                 "sets": about_sets(self.questions),
                 "not_found": list(self.not_found),
-                "skipped": left_out,
+                "skipped": all_skipped,
                 "evaluators": about_evaluators(answered),
                 "failed": [asdict(failure) for failure in results.failed],
             }
@@ -204,8 +206,9 @@ class Evaluation:
             write_json(run_dir / "sanity.json", sanity_report(checks, asking.model_fingerprint, probes))
             write_json(run_dir / "summary.json", results.summary)
         workers.share(None)  # nobody leaves before the leader is done
-        return replace(results, skipped=left_out)
+        return replace(results, checks=checks, skipped=all_skipped)
 
+    @torch.inference_mode(False)
     def ask(
         self,
         net: nn.Module,

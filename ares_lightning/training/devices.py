@@ -29,6 +29,8 @@ def process_settings(
             f"trains it, which of the strategies only DDP leaves there; expected one of {', '.join(STRATEGIES)}"
         )
     kind = _kind(accelerator)
+    if kind == "gpu":
+        raise ValueError(f"accelerator=gpu: {_NO_GPU}")
     if isinstance(devices, str) and devices.isdecimal():
         devices = int(devices)
     if isinstance(devices, int):

@@ -35,6 +35,7 @@ def test_two_processes_in_bf16_log_averaged_and_raw_weights_and_the_best_is_chos
     assert not list((tmp_path / "periodic").rglob("summary.json")), "they are no runs of their own"
 
 
+@pytest.mark.proof
 def test_the_training_notices_nothing(tmp_path):
     for name, settings in (("with", PERIODIC), ("without", [])):
         done = run("train.py", *FOUR, *settings, f"run_dir={tmp_path / name}")

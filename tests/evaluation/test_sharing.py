@@ -43,7 +43,7 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("precision", CUTS)
+@pytest.mark.parametrize("precision", ["fp64", pytest.param("fp32", marks=pytest.mark.proof)])
 def test_verdicts_do_not_depend_on_batch_size_and_processes(weights, tmp_path, precision):
     cuts = CUTS[precision]
     for name, (batch_size, processes) in cuts.items():

@@ -150,6 +150,13 @@ def test_verdicts_of_other_settings_are_refused_with_both_fingerprints(data, tmp
     same.check_ledger(tmp_path, make_net().eval(), others=True)
 
 
+def test_a_network_is_evaluated_inside_inference_mode(data, trained_net, tmp_path):
+    asked = [CleanEvaluator("clean"), AttackEvaluator("pgd", PGD)]
+    expected = evaluation(data, *asked).run(trained_net, tmp_path / "outside", CPU).summary
+    with torch.inference_mode():
+        assert evaluation(data, *asked).run(trained_net, tmp_path / "inside", CPU).summary == expected
+
+
 def test_adversarial_images_are_kept_where_that_is_wanted(data, trained_net, tmp_path):
     asked = [CleanEvaluator("clean"), AttackEvaluator("pgd", PGD), ExactCurve("curve", PGD, (0.05, 0.1))]
     evaluation(data, *asked, save_images=True).run(trained_net, tmp_path, CPU)
