@@ -22,7 +22,7 @@ from ares_lightning.training.optim import OptimSettings
 NORMS = {row.name: row.norms for row in list_attacks()}
 L2_ONLY = [name for name, norms in NORMS.items() if norms == ("l2",)]
 SUITES = ("quick", "curve", "unseen", "blackbox", "ares_bench")
-NO_ATTACK = (*SUITES, "attack", "clean", "ood", "corruptions", "frequency", "transfer")
+NO_ATTACK = (*SUITES, "attack", "clean", "ood", "corruptions", "frequency", "transfer", "sanity")
 OWN_NORMS = {"curve_l1": "l1", "curve_l2": "l2", "autoattack_l1": "l1", "autoattack_l2": "l2"}
 OWN_NORMS |= {"boundary": "l2", "evolutionary": "l2"}
 GENERATOR = ["attack.generator=weights.pt"]

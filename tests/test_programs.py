@@ -68,7 +68,7 @@ def test_a_run_folder_holds_what_the_design_says(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
         "config.yaml", "checkpoints", "metrics.csv", "verdicts", "summary.json", "about.json", "report.html",
-        "examples.npz",
+        "examples.npz", "sanity.json",
     }  # fmt: skip
     assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     metrics = pd.read_csv(trained / "metrics.csv")
@@ -95,6 +95,14 @@ def test_evaluating_the_checkpoint_gives_the_numbers_of_the_training(trained, tm
     again = run("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path}")
     assert again.returncode == 0
     assert sorted((tmp_path / "verdicts").iterdir()) == parts, "nothing is asked twice"
+
+
+def test_a_plan_is_printed_and_nothing_is_written(trained, tmp_path):
+    done = run("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path / 'run'}", "plan=true", "eval=[clean,pgd20]")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^pgd20 +digits +360 +22 +20 ", done.stdout, re.M)
+    assert re.search(r"^total .* s$", done.stdout, re.M)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_interrupted_training_keeps_its_checkpoint_and_goes_on(trained, tmp_path):
@@ -138,6 +146,8 @@ def test_every_choice_composes_and_builds(group, choice, tmp_path, request):
     listed = group in ("trick", "eval")
     choice = f"[{choice}]" if listed else choice
     extra = {"wandb": ["logger.offline=true"], "cda": ["attack.generator=weights.pt"]}.get(choice, [])
+    if choice == "[transfer]":
+        extra = [f"eval.transfer.models=[{request.getfixturevalue('trained')}]"]
     if choice in ("ard", "rslad"):
         extra = [f"adv.teacher={request.getfixturevalue('trained')}"]
     cfg = composed("train", f"{group}={choice}", f"run_dir={tmp_path}", *extra)
@@ -155,7 +165,8 @@ def test_every_choice_composes_and_builds(group, choice, tmp_path, request):
 
 @pytest.mark.parametrize("choice", choices("model"))
 def test_every_model_composes_and_builds(choice):
-    extra = ["model.name=resnet26"] if choice == "timm" else []
+    grey = ["model.mean=null", "model.std=null"]  # the digits', where a config has those of colours
+    extra = {"timm": ["model.name=resnet26"], "resnet20": grey}.get(choice, [])
     cfg = composed("train", f"model={choice}", *extra)
     data = build.build_data(cfg, training=True)
     with torch.device("meta"):
@@ -296,7 +307,7 @@ def test_real_image_folders_train_and_evaluate(tmp_path):
 
 ZOO_ON_DIGITS = ["model=zoo/resnet50_at", "model.mean=[0.3]", "model.std=[0.4]"]
 MISTAKES = [
-    (["train.py", "model=foo"], "model/foo.*cnn resnet18 resnet50 timm vit_b"),
+    (["train.py", "model=foo"], "model=foo: no such choice; expected one of cnn, resnet18, resnet20, resnet50, timm, vit_b"),
     (["train.py", "adv.epz=1"], "adv.epz: no such key"),
     (["train.py", "+adv.epz=1"], "epz=1: not a setting of pgd; did you mean eps"),
     (["train.py", "+speed=1"], "speed: no such key"),
@@ -449,7 +460,7 @@ def test_the_readmes_commands_run(command, trained, tmp_path):
         ]
         short = QUICK if program == "train.py" else ["subset=first:6"]
         done = run(program, *arguments, *short, f"run_dir={tmp_path / 'run'}")
-        assert (tmp_path / "run" / "report.html").exists(), done.stderr
+        assert (tmp_path / "run" / "report.html").exists() or "plan=true" in arguments, done.stderr
     assert done.returncode == 0, done.stderr
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,6 +21,7 @@ from ares_lightning.models.checkpoints import find_checkpoint
 from ares_lightning.models.weights import trained_weights
 from ares_lightning.models.zoo import find_model
 
+T = TypeVar("T")
 ZOO_PREFIX = "zoo/"
 FACTS = ("num_classes", "in_chans", "img_size")
 """Keys of `data` in which the models of a matrix must agree."""
@@ -117,8 +118,13 @@ def _is_evaluated(model: Any, cfg: DictConfig) -> bool:
 
 
 def _checkpoint(model: str) -> Path:
+    return _naming(model, find_checkpoint, Path(model))
+
+
+def _naming(model: str, open_it: Callable[[Path], T], path: Path) -> T:
+    """Open a checkpoint; raise ValueError naming the model where it cannot be used."""
     try:
-        return find_checkpoint(Path(model))
+        return open_it(path)
     except CheckpointError as error:
         raise ValueError(f"models={model}: {error}") from error
 
@@ -127,7 +133,7 @@ def _other(name: str, model: Any, cfg: DictConfig, dataset: ImageSet) -> OtherMo
     """Load a model with its weights."""
     if isinstance(model, str) and not model.startswith(ZOO_PREFIX):
         path = _checkpoint(model)
-        checkpoint = read_checkpoint(path)
+        checkpoint = _naming(model, read_checkpoint, path)
         config = OmegaConf.create(checkpoint["config"])
         for key in FACTS:
             if config.data[key] != cfg.data[key]:
