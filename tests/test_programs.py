@@ -307,7 +307,10 @@ def test_real_image_folders_train_and_evaluate(tmp_path):
 
 ZOO_ON_DIGITS = ["model=zoo/resnet50_at", "model.mean=[0.3]", "model.std=[0.4]"]
 MISTAKES = [
-    (["train.py", "model=foo"], "model=foo: no such choice; expected one of cnn, resnet18, resnet20, resnet50, timm, vit_b"),
+    (
+        ["train.py", "model=foo"],
+        "model=foo: no such choice; expected one of cnn, resnet18, resnet20, resnet50, timm, vit_b",
+    ),
     (["train.py", "adv.epz=1"], "adv.epz: no such key"),
     (["train.py", "+adv.epz=1"], "epz=1: not a setting of pgd; did you mean eps"),
     (["train.py", "+speed=1"], "speed: no such key"),
