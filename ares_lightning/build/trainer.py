@@ -87,8 +87,9 @@ def _callbacks(
     *,
     checkpoints: bool,
 ) -> list[Callback]:
-    callbacks: list[Callback] = [TrainingProgress()] if cfg.callbacks.progress else []
-    callbacks += [NonFiniteGuard(), Forecast(cost)]
+    callbacks: list[Callback] = [NonFiniteGuard()]  # before the bar, which makes rank 0 reduce metrics earlier
+    callbacks += [TrainingProgress()] if cfg.callbacks.progress else []
+    callbacks += [Forecast(cost)]
     callbacks += [periodic] if periodic else []
     if checkpoints:
         callbacks += [MetricsFile(run_dir / "metrics.csv"), _checkpoints(cfg, run_dir, stop, periodic)]
