@@ -21,7 +21,8 @@ def table(device: str) -> str:
         "| network | attack | images | ours: robust % | others: time in ours (robust %) |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for path in sorted(RESULTS.glob(f"*cifar10-{device}*.json"), reverse=True):
+    found = [path for kind in ("robust", "clean") for path in RESULTS.glob(f"{kind}-cifar10-{device}*.json")]
+    for path in sorted(found, reverse=True):
         report = json.loads(path.read_text())
         subject = report["subject"]
         for contest in report["contests"]:
