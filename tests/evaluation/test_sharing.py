@@ -145,7 +145,7 @@ def test_an_evaluation_killed_at_random_moments_goes_on_to_the_same_table(checkp
 
 @pytest.mark.proof
 def test_an_evaluation_killed_twenty_times_goes_on_to_the_same_table(checkpoint, tmp_path):
-    given = [f"ckpt={checkpoint}", *asked(40)]
+    given = [f"ckpt={checkpoint}", *asked(200)]
     assert_ends_well(start("evaluate.py", *given, "data.eval_batch_size=64", f"run_dir={tmp_path / 'whole'}"))
     killed_and_resumed([*given, f"run_dir={tmp_path / 'killed'}"], tmp_path / "killed", 20, 0)
     pd.testing.assert_frame_equal(table(tmp_path / "killed"), table(tmp_path / "whole"))
