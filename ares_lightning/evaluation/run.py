@@ -135,9 +135,9 @@ class Evaluation:
         others: whether those of other models may lie there, as of an earlier stage of the same training.
         """
         own, ledger = model_fingerprint(net), Ledger(run_dir / "verdicts")
-        for part in ledger.set_aside():
+        rows, set_aside = ledger.read()
+        for part in set_aside:
             print(_set_aside(part))
-        rows = ledger.read()
         rows = rows.filter(rows["source_fingerprint"].is_null())
         models = sorted(set(rows["model_fingerprint"].to_pylist()) - {own})
         if models and not others:
@@ -237,9 +237,9 @@ class Evaluation:
         with EvaluationProgress(total, workers, show) as progress:
             known = SCHEMA.empty_table()
             if workers.leads:
-                for part in ledger.set_aside():
+                known, set_aside = ledger.read()
+                for part in set_aside:
                     progress.say(_set_aside(part))
-                known = ledger.read()
             if folded.num_folded or folded.kept:
                 progress.say(f"for the search, {folded}")
             asking = Asking(

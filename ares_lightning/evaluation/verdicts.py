@@ -54,7 +54,7 @@ KEY = ["evaluator_fingerprint", "model_fingerprint", "set", "sample_id", "attack
 """The columns that tell a row from all others."""
 
 FLUSH_SECONDS = 1.0
-"""Rows wait at most so long for company before they are written, which is what a kill can cost."""
+"""Rows are written at once where the last part is older than this, else with those that follow."""
 
 
 class Ledger:
@@ -70,18 +70,16 @@ class Ledger:
         self._num_written = 0
         self._rows: list[pa.Table] = []
         self._kept: list[tuple[pa.Table, np.ndarray[Any, Any]]] = []
-        self._since = 0.0
+        self._written_at = time.monotonic()
 
     def append(self, rows: pa.Table, kept: Sequence[tuple[pa.Table, np.ndarray[Any, Any]]] = ()) -> None:
         """Take rows in, to be written soon; `kept`: some of them with their adversarial images [n, C, H, W].
 
         Raises WriteError where they cannot be written.
         """
-        if not self._rows:
-            self._since = time.monotonic()
         self._rows.append(rows)
         self._kept += kept
-        if time.monotonic() - self._since >= FLUSH_SECONDS:
+        if time.monotonic() - self._written_at >= FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -101,34 +99,26 @@ class Ledger:
             file.write(content.getvalue())
         self._rows, self._kept = [], []
         self._num_written += 1
+        self._written_at = time.monotonic()
 
-    def read(self) -> pa.Table:
-        """Return all rows that lie in the folder, each once.
+    def read(self) -> tuple[pa.Table, list[Path]]:
+        """Return all rows that lie in the folder, each once, and the new paths of parts that cannot be read.
 
-        Raises ValueError naming a part that cannot be read or has other columns.
+        Those are renamed, so that nobody takes them for parts. Raises ValueError naming a part with other columns.
         """
-        parts = [SCHEMA.empty_table()]
+        parts, set_aside = [SCHEMA.empty_table()], []
         for part in self._parts():
             try:
                 rows = pq.read_table(part)
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{part}: is not a readable verdict table; remove it and run again") from error
+            except (pa.ArrowException, OSError):
+                set_aside.append(part.with_name(f"_corrupt-{part.name}"))
+                os.replace(part, set_aside[-1])
+                continue
             if not rows.schema.equals(SCHEMA):
                 raise ValueError(f"{part}: has other columns than this version writes; give another run_dir")
             parts.append(rows)
         table = pa.concat_tables(parts)
-        return table.filter(~table.select(KEY).to_pandas().duplicated().to_numpy())
-
-    def set_aside(self) -> list[Path]:
-        """Rename the parts that cannot be read, so that nobody takes them for parts; return their new paths."""
-        moved = []
-        for part in self._parts():
-            try:
-                pq.read_table(part)
-            except (pa.ArrowException, OSError):
-                moved.append(part.with_name(f"_corrupt-{part.name}"))
-                os.replace(part, moved[-1])
-        return moved
+        return table.filter(~table.select(KEY).to_pandas().duplicated().to_numpy()), set_aside
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.parquet"))

@@ -20,7 +20,7 @@ from ares_lightning.evaluation.fingerprints import model_fingerprint
 from ares_lightning.evaluation.metrics import wilson_interval
 from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.evaluation.sanity import SanityAttack
-from ares_lightning.evaluation.verdicts import SCHEMA, Ledger
+from ares_lightning.evaluation.verdicts import SCHEMA
 from ares_lightning.models import make_classifier
 from ares_lightning.models.folding import fold_batchnorm
 
@@ -360,8 +360,6 @@ def test_a_corrupt_part_is_named_set_aside_and_asked_again_while_the_others_are_
     bad, *others = sorted((tmp_path / "verdicts").iterdir())
     contents = {part: part.read_bytes() for part in others}
     bad.write_bytes(bad.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=bad.name):
-        Ledger(tmp_path / "verdicts").read()
     capsys.readouterr()
     assert evaluation(data, subset="first:20").run(net, tmp_path, CPU).summary == whole
     assert f"_corrupt-{bad.name}: could not be read" in capsys.readouterr().out.replace("\n", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ares_lightning.atomic import WriteError
 from ares_lightning.evaluation.metrics import wilson_interval
 from ares_lightning.evaluation.report import find_runs, write_figure, write_report
 from ares_lightning.evaluation.report.__main__ import main
@@ -174,17 +176,16 @@ def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in pages[0]
 
 
-def test_an_error_leaves_the_old_page_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_page_in_place(tmp_path: Path) -> None:
     run, output = make_run(tmp_path / "run"), tmp_path / "report.html"
     output.write_text("old")
-
-    def cut(path: Path, content: bytes) -> int:
-        path.open("wb").write(content[:10])
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "write_bytes", cut)
-    with pytest.raises(OSError, match="disk full"):
-        write_report([run], output)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    try:
+        with pytest.raises(WriteError, match=r"report\.html: cannot be written: File too large"):
+            write_report([run], output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert output.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
 

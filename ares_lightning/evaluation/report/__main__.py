@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ares_lightning.atomic import WriteError
 from ares_lightning.evaluation.report import find_runs, write_export, write_figure, write_leaderboard, write_report
 
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(write_figure(runs, options.figure))
         for output in options.export:
             print(write_export(runs, output))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, WriteError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0

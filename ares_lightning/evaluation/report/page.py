@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from ares_lightning.atomic import replacing
 from ares_lightning.evaluation.report import classes, lines, sets
 from ares_lightning.evaluation.report.analysis import analysis
 from ares_lightning.evaluation.report.examples import class_names, panel
@@ -29,7 +29,7 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     """Write the page that shows these run folders to `output`, as a whole or not at all, and return `output`.
 
     The page holds all it needs, plotly.js included; the same runs give the same bytes.
-    Raises ValueError naming the file of a run that cannot be read, OSError where `output` cannot be written.
+    Raises ValueError naming the file of a run that cannot be read, WriteError where `output` cannot be written.
     """
     shown = read_runs(runs)
     content = _content(shown)
@@ -60,14 +60,9 @@ def render(template: str, charts: bool, **content: Any) -> str:
 
 
 def write(output: Path, content: bytes) -> Path:
-    """Put the file there as a whole or not at all, and return its path."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f"{output.name}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Put the file there as a whole or not at all, and return its path; raises WriteError."""
+    with replacing(output) as file:
+        file.write(content)
     return output
 
 
