@@ -135,8 +135,9 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         with inherited(RUN_ID=run_dir.name):
             trainer.fit(module, datamodule=data, ckpt_path=start.path, weights_only=True)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        files = (run_dir / "checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
         workers = Workers.current()
+        run_dir = workers.share(run_dir)  # the others had only their own clock to name it by
+        files = (run_dir / "checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
         judged = workers.share(next((file for file in files if file.exists()), None))  # the last if never validated
         if judged is not None:
             load_network(net, trained_weights(read_checkpoint(judged), judged, cfg.weights), judged)

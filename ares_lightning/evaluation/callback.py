@@ -56,6 +56,10 @@ class PeriodicEvaluation(Callback):
             f"{PREFIX}/{name}/{which}/{kind}" for kind, each in kinds for name in each for which in self._weights
         ]
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Have all processes name the folder of rank 0."""
+        self.folder = trainer.strategy.broadcast(self.folder)
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the values of earlier epochs, which are no values of this one."""
         for name in [name for name in trainer.callback_metrics if name.startswith(f"{PREFIX}/")]:
