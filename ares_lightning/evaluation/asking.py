@@ -15,7 +15,7 @@ from ares_lightning.attacks import Outcome
 from ares_lightning.attacks.passes import Passes
 from ares_lightning.attacks.verdict import NonFiniteLogitsError
 from ares_lightning.data import Batch, ImageSet
-from ares_lightning.evaluation.evaluators import Evaluator, Stage, Verdicts
+from ares_lightning.evaluation.evaluators import Evaluator, Stage, Verdicts, lost_outcome
 from ares_lightning.evaluation.progress import EvaluationProgress
 from ares_lightning.evaluation.verdicts import SCHEMA, Ledger
 from ares_lightning.evaluation.workers import Workers
@@ -207,12 +207,10 @@ def _answering(net: nn.Module, dataset: ImageSet, device: torch.device) -> nn.Mo
 
 def _with_lost(answer: Verdicts, images: Tensor, rest: Tensor, strange: Tensor) -> Verdicts:
     """Return an answer about some samples, at the places `rest`, with those at `strange` as broken beside them."""
-    device, outcome = images.device, answer.outcome
+    outcome, lost = answer.outcome, lost_outcome(images[strange])
     places = torch.cat([rest if answer.places is None else rest[answer.places.cpu()], strange])
-    zeros = torch.zeros(len(strange), dtype=torch.int64, device=device)
-    lost = Outcome(images[strange], zeros == 0, zeros.double(), zeros, zeros, zeros - 1, zeros - 1)
     both = {name: torch.cat([getattr(outcome, name), getattr(lost, name)]) for name in Outcome.__dataclass_fields__}
-    targets = None if answer.targets is None else torch.cat([answer.targets, zeros - 1])
+    targets = None if answer.targets is None else torch.cat([answer.targets, lost.clean_prediction])
     return replace(answer, outcome=Outcome(**both), places=places, targets=targets)
 
 

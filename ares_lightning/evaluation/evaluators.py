@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ares_lightning.attacks import Attack, Outcome
 from ares_lightning.attacks.autoattack import AutoAttack
-from ares_lightning.attacks.guard import full_precision, guarded
+from ares_lightning.attacks.guard import Model, full_precision, guarded
 from ares_lightning.attacks.noise import sample_noise
 from ares_lightning.attacks.passes import Passes, predict
 from ares_lightning.data import ImageSet
@@ -105,6 +105,11 @@ class Evaluator(Stage):
     def models(self) -> dict[str, str]:
         """Names of other models that are judged or crafted on, by their fingerprints."""
         return {}
+
+    @property
+    def source_fingerprint(self) -> str | None:
+        """The fingerprint of the model that is crafted on, where the judged ones give no feedback."""
+        return None
 
     def check(self, dataset: ImageSet) -> None:
         """Raise ValueError for a set that the question cannot be asked about, before any sample is."""
@@ -284,14 +289,20 @@ class AttackEvaluator(Evaluator):
 
 
 def clean_outcome(
-    net: nn.Module, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
+    net: Model, images: Tensor, labels: Tensor, sample_ids: Tensor, seed: int, passes: Passes
 ) -> Outcome:
     """Return what the clean images show: misclassified samples are broken at distance 0."""
     return _unattacked(images, labels, _predict_clean(net, images, sample_ids, seed, passes)[1])
 
 
+def lost_outcome(images: Tensor) -> Outcome:
+    """Return what is said of images that leave the model without a prediction: broken at distance 0."""
+    zeros = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    return Outcome(images, zeros == 0, zeros.double(), zeros, zeros, zeros - 1, zeros - 1)
+
+
 def _predict_clean(
-    net: nn.Module, images: Tensor, sample_ids: Tensor, seed: int, passes: Passes
+    net: Model, images: Tensor, sample_ids: Tensor, seed: int, passes: Passes
 ) -> tuple[Tensor, Tensor]:
     with guarded(net, images.device, (seed, "clean", *sample_ids.tolist())), full_precision(images.device):
         return predict(net, images, passes)

@@ -138,18 +138,19 @@ class Evaluation:
         rows, set_aside = ledger.read()
         for part in set_aside:
             print(_set_aside(part))
-        rows = rows.filter(rows["source_fingerprint"].is_null())
-        models = sorted(set(rows["model_fingerprint"].to_pylist()) - {own})
+        direct = rows.filter(rows["source_fingerprint"].is_null())
+        models = sorted(set(direct["model_fingerprint"].to_pylist()) - {own})
         if models and not others:
             raise ValueError(
                 f"run_dir={run_dir}: holds verdicts of model {models[0]}, this one is {own}; give another run_dir"
             )
         rows = rows.filter(rows["model_fingerprint"].to_numpy() == own)
-        names = ("evaluator", "set", "evaluator_fingerprint")
+        names = ("evaluator", "set", "source_fingerprint", "evaluator_fingerprint")
         there = set(zip(*(rows[name].to_pylist() for name in names), strict=True))
         for question in self.asked_of(own).questions:
             name, of_set, now = question.evaluator.name, question.dataset.name, question.fingerprint
-            before = {print for evaluator, a_set, print in there if (evaluator, a_set) == (name, of_set)} - {now}
+            asked = (name, of_set, question.evaluator.source_fingerprint)
+            before = {fingerprint for *key, fingerprint in there if tuple(key) == asked} - {now}
             if before:
                 raise ValueError(
                     f"run_dir={run_dir}: holds verdicts of eval.{name} on {of_set} under other settings, of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ares_lightning.attacks import Attack
+from ares_lightning.attacks import Attack, Outcome
 from ares_lightning.attacks.guard import Model, full_precision, guarded
 from ares_lightning.attacks.passes import Passes, predict
 from ares_lightning.attacks.verdict import NonFiniteLogitsError
-from ares_lightning.evaluation.evaluators import Evaluator, Verdicts
+from ares_lightning.evaluation.evaluators import Evaluator, Verdicts, clean_outcome, lost_outcome
 from ares_lightning.evaluation.summary import accuracy_row
 
 
@@ -71,31 +71,51 @@ class TransferEvaluator(Evaluator):
     ) -> Iterator[Verdicts]:
         """Yield the verdict of every model on the examples of every attack; the evaluated one's has the passes.
 
-        Raises ValueError naming the model whose logits are not finite, or which returns probabilities.
+        A sample for which a model gives logits that are not finite counts as broken for it, with prediction -1;
+        where that is the model which is crafted on, the others are shown the clean image.
+
+        Raises ValueError naming the model which returns probabilities.
         """
         judges: dict[str, Model] = {self.own: net}
         for other in self.others:
             judges[other.name] = other.network.to(images.device, images.dtype)
+        try:
+            answers = list(self._judged(judges, images, labels, sample_ids, seed, passes))
+        except NonFiniteLogitsError:
+            finite = [_is_finite(model, images, passes).tolist() for model in judges.values()]
+            patterns = list(zip(*finite, strict=True))  # for each sample, which models give finite logits
+            answers = []
+            for pattern in sorted(set(patterns)):
+                same = [place for place, own in enumerate(patterns) if own == pattern]
+                places = torch.tensor(same, device=images.device)
+                answering = {name: judges[name] for name, is_one in zip(judges, pattern, strict=True) if is_one}
+                batch = (images[places], labels[places], sample_ids[torch.tensor(same)])
+                given = self._judged(answering, *batch, seed, passes, judges.keys() - answering.keys())
+                answers += [replace(answer, places=places) for answer in given]
+        yield from answers
+
+    def _judged(
+        self,
+        judges: Mapping[str, Model],
+        images: Tensor,
+        labels: Tensor,
+        sample_ids: Tensor,
+        seed: int,
+        passes: Passes,
+        lost: Set[str] = frozenset(),
+    ) -> Iterator[Verdicts]:
+        """Yield the verdicts of models with finite logits, and of those that are `lost` without asking them."""
+        source = judges.get(self.source)
+        if source is not None and self.source == self.own and passes.search_on is not None:
+            source = passes.search_on
         fingerprints: dict[str, str | None] = {other.name: other.fingerprint for other in self.others}
-        is_own = self.source == self.own
-        source = passes.search_on if is_own and passes.search_on is not None else judges[self.source]
         for attack in self.attacks:
-            try:
-                found = attack(
-                    source,
-                    images,
-                    labels,
-                    victim=judges,
-                    sample_ids=sample_ids,
-                    seed=seed,
-                    batch_size=passes.batch_size,
-                    precision=passes.precision,
-                )
-            except NonFiniteLogitsError as error:
-                name = _first_not_finite(judges, images, passes)
-                raise ValueError(f"{name}: {error}") from error
-            except ValueError as error:
-                raise ValueError(f"{self.source}: {error}") from error
+            found = {name: lost_outcome(images) for name in lost}
+            if source is None:
+                for name, model in judges.items():
+                    found[name] = clean_outcome(model, images, labels, sample_ids, seed, passes)
+            elif judges:
+                found |= self._attacked(attack, source, judges, images, labels, sample_ids, seed, passes)
             for name, outcome in found.items():
                 if name != self.own:  # the examples were made once
                     nothing = torch.zeros_like(outcome.forwards)
@@ -108,6 +128,33 @@ class TransferEvaluator(Evaluator):
                     model_fingerprint=fingerprints.get(name),
                     source_fingerprint=self.source_fingerprint,
                 )
+
+    def _attacked(
+        self,
+        attack: Attack,
+        source: Model,
+        judges: Mapping[str, Model],
+        images: Tensor,
+        labels: Tensor,
+        sample_ids: Tensor,
+        seed: int,
+        passes: Passes,
+    ) -> dict[str, Outcome]:
+        try:
+            return attack(
+                source,
+                images,
+                labels,
+                victim=judges,
+                sample_ids=sample_ids,
+                seed=seed,
+                batch_size=passes.batch_size,
+                precision=passes.precision,
+            )
+        except NonFiniteLogitsError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from error
 
     def further_rows(self, verdicts: pd.DataFrame) -> list[dict[str, Any]]:
         """Return `transfer_accuracy` of every model under every attack, with the names of source and model."""
@@ -125,10 +172,7 @@ class TransferEvaluator(Evaluator):
         return rows
 
 
-def _first_not_finite(models: Mapping[str, Model], images: Tensor, passes: Passes) -> str:
-    """Return the name of the first model that gives logits that are not finite for clean images."""
-    for name, model in models.items():
-        with guarded(model, images.device, ("finite",)), full_precision(images.device):
-            if not bool(predict(model, images, passes)[0].isfinite().all()):
-                return name
-    raise AssertionError("every model gives finite logits")
+def _is_finite(model: Model, images: Tensor, passes: Passes) -> Tensor:
+    """Return for which clean images a model gives finite logits, bool [N]."""
+    with guarded(model, images.device, ("finite",)), full_precision(images.device):
+        return predict(model, images, passes)[0].isfinite().all(1)

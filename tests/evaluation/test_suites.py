@@ -225,20 +225,49 @@ def test_a_model_of_the_matrix_that_is_no_classifier_is_named():
         def forward(self, images):
             return SmallNet(seed=2).eval()(images).softmax(1)
 
-    class Lost(torch.nn.Module):
-        def forward(self, images):
-            return images.flatten(1)[:, :10] * torch.nan
-
     images, labels = torch.rand(4, 3, 6, 5), torch.zeros(4, dtype=torch.int64)
-    for broken, source, message in (
-        (Soft(), "soft", "^soft: the model returns prob"),
-        (Lost(), "own", "^soft: .*finite"),
-    ):
-        asked = TransferEvaluator("t", (make_attack("fgsm"),), "own", (OtherModel("soft", broken, "ff"),), source)
-        with pytest.raises(ValueError, match=message):
-            list(asked.asked_of("aa").verdicts(SmallNet(), images, labels, torch.arange(4), 0, Passes(4)))
+    asked = TransferEvaluator("t", (make_attack("fgsm"),), "own", (OtherModel("soft", Soft(), "ff"),), "soft")
+    with pytest.raises(ValueError, match=r"^soft: the model returns prob"):
+        list(asked.asked_of("aa").verdicts(SmallNet(), images, labels, torch.arange(4), 0, Passes(4)))
     with pytest.raises(ValueError, match=r"eval\.t\.models: soft is the evaluated model"):
         asked.asked_of("ff")
+
+
+class NotFiniteFor(torch.nn.Module):
+    """A network that gives NaN for images whose first pixel is above a threshold."""
+
+    def __init__(self, threshold: float, seed: int) -> None:
+        super().__init__()
+        self.threshold, self.net = threshold, SmallNet(seed=seed)
+
+    def forward(self, images):
+        return torch.where(images[:, 0, 0, 0, None] > self.threshold, torch.nan, self.net(images))
+
+
+@pytest.mark.parametrize("source", ["own", "other"])
+def test_a_model_that_is_not_finite_for_some_images_loses_these_alone(source):
+    images, ids = torch.rand(40, 3, 6, 5), torch.arange(40)
+    own, other = NotFiniteFor(0.7, seed=0).eval(), NotFiniteFor(0.4, seed=1).eval()
+    labels = predicted(own.net, images)
+    attacks = (make_attack("fgsm", eps=0.02), make_attack("mim", eps=0.02, steps=3))
+    asked = TransferEvaluator("t", attacks, "own", (OtherModel("other", other, "ff"),), source).asked_of("aa")
+    answers = list(asked.verdicts(own, images, labels, ids, 0, Passes(4)))
+    first = images[:, 0, 0, 0]
+    crafted_on, is_finite = (own, first <= 0.7) if source == "own" else (other, first <= 0.4)
+    for attack in attacks:
+        made = images.clone()
+        made[is_finite] = attack.craft(crafted_on, images[is_finite], labels[is_finite], sample_ids=ids[is_finite])
+        for judge, fingerprint, threshold in ((own, None, 0.7), (other, "ff", 0.4)):
+            wrong = (predicted(judge, images) != labels) | (predicted(judge, made) != labels)
+            found = torch.full((40,), 2, dtype=torch.int64)
+            for answer in answers:
+                if (answer.attack, answer.model_fingerprint) == (attack.name, fingerprint):
+                    assert (found[answer.places] == 2).all()
+                    found[answer.places] = answer.outcome.broken.long()
+                    lost = answer.places[answer.outcome.clean_prediction == -1]
+                    assert torch.equal(lost, answer.places[first[answer.places] > threshold])
+            assert torch.equal(found.bool(), wrong | (first > threshold))
+            assert (found != 2).all()
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +316,10 @@ def test_a_matrix_has_a_number_for_every_source_model_and_attack_and_goes_on_whe
     again = matrix(weights).run(small_cnn(0), tmp_path, CPU)
     assert again.summary == results.summary
     assert len(pd.read_parquet(tmp_path / "verdicts")) == len(rows), "nothing is asked twice"
+    matrix(weights).check_ledger(tmp_path, small_cnn(0), others=False)
+    other = matrix(weights, "eval.transfer.attacks=[fgsm]")
+    with pytest.raises(ValueError, match=r"verdicts of eval\.transfer on digits under other settings"):
+        other.check_ledger(tmp_path, small_cnn(0), others=False)
 
 
 def test_models_of_other_images_or_without_weights_are_refused(weights, tmp_path):
