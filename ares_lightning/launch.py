@@ -215,6 +215,8 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
         data = build_data(cfg, training=False)
         net = build_classifier(cfg, data.num_classes)
         evaluation = build_evaluation(cfg, data)
+        if not evaluation.evaluators:
+            raise ConfigError(f"eval={list(cfg.get('eval', []))}: asks nothing; give a suite, such as eval=[quick]")
         if path is None:
             taken = _take_published(cfg, net)
             if is_main_process():

@@ -370,6 +370,7 @@ MISTAKES = [
     (["train.py", "model.defense={name:jpeg,bits:3}"], "model.defense.bits=3: not a setting of jpeg"),
     (["evaluate.py"], "ckpt=null"),
     (["evaluate.py", "model.weights=README.md"], "README.md: is text, not weights"),
+    (["evaluate.py", "model.weights=README.md", "eval=[]"], r"eval=\[\]: asks nothing"),
     (["evaluate.py", "ckpt=/nowhere.ckpt"], "/nowhere.ckpt: no such file"),
 ]
 

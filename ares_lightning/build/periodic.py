@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
@@ -40,16 +41,19 @@ def build_periodic(cfg: DictConfig, data: RobustDataModule, run_dir: Path) -> Pe
         )
     with section("callbacks.periodic"):
         select_subset(data.val_set, settings["subset"])  # so that the key is named
+    every, validated, last = settings["every_n_epochs"], cfg.trainer.check_val_every_n_epoch, cfg.trainer.max_epochs
     own = copy.deepcopy(cfg)
     with open_dict(own):
         own.eval = {name: own.eval[name] for name in names}
         own.subset = settings["subset"]
     evaluation = build_evaluation(own, data, data.val_set)
     with section("callbacks.periodic"):
-        return PeriodicEvaluation(
-            evaluation,
-            run_dir / "periodic",
-            every_n_epochs=settings["every_n_epochs"],
-            networks=networks,
-            weights=weights,
+        periodic = PeriodicEvaluation(
+            evaluation, run_dir / "periodic", every_n_epochs=every, networks=networks, weights=weights
         )
+    if math.lcm(every, validated) > last:
+        raise ConfigError(
+            f"callbacks.periodic.every_n_epochs={every}: never comes in trainer.max_epochs={last} with "
+            f"trainer.check_val_every_n_epoch={validated}; give a smaller one, or null"
+        )
+    return periodic

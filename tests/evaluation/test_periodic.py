@@ -60,6 +60,10 @@ def test_the_training_notices_nothing(tmp_path):
             r"callbacks\.periodic\.every_n_epochs=0: expected a whole",
         ),
         (
+            ["trainer.check_val_every_n_epoch=3"],
+            r"callbacks\.periodic\.every_n_epochs=2: never comes in trainer\.max_epochs=4 with",
+        ),
+        (
             ["callbacks.periodic.subset=first:999"],
             r"callbacks\.periodic\.subset=first:999: must be",
         ),
