@@ -1,15 +1,19 @@
-"""Running the two programs in processes of their own, and looking at what they leave behind."""
+"""Running the two programs, mostly in processes of their own, and looking at what they leave behind."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import runpy
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -61,6 +65,18 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> subprocess.C
 def run(*arguments: object, timeout: float = 300, **options: object) -> subprocess.CompletedProcess[str]:
     """Run `python <arguments>`, by default in the repository."""
     return finish(start(*arguments, **options), timeout)
+
+
+def here(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run `python <program> <arguments>` in this process, which has loaded the libraries already."""
+    argv, out, err, code = [program, *map(str, arguments)], io.StringIO(), io.StringIO(), 0
+    with patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+            err.write(f"{end.code}\n" if isinstance(end.code, str) else "")
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], newer_than: int = 0) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
+from processes import ROOT, here
 from safetensors.torch import load_file
 
 from ares_lightning.evaluation.robustbench import percent
@@ -20,22 +20,16 @@ from ares_lightning.launch import train_main
 from ares_lightning.models import load_network, make_classifier, read_checkpoint
 from ares_lightning.models.__main__ import main
 
-ROOT = Path(__file__).parent.parent
 IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 BRIEF = ["trainer.max_epochs=1", "trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "subset=first:8"]
 SETTINGS = {"patch_size": 4, "depth": 1}
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A short real training of a one-layer ViT on the digits."""
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
-    done = run("train.py", "model=vit_ti", "+model.settings.depth=1", *BRIEF, f"run_dir={run_dir}")
+    done = here("train.py", "model=vit_ti", "+model.settings.depth=1", *BRIEF, f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -90,8 +84,8 @@ def test_what_was_exported_is_evaluated_like_the_run_itself(trained, tmp_path):
     (file,) = exported(trained, tmp_path, "safetensors").glob("*.safetensors")
     questions = ["eval=[clean,pgd20]", "subset=first:40"]
     model = ["model=timm", "model.name=vit_tiny_patch16_224", "+model.settings.depth=1", f"model.weights={file}"]
-    ours = run("evaluate.py", f"ckpt={trained}", *questions, f"run_dir={tmp_path / 'ours'}")
-    theirs = run("evaluate.py", *model, *questions, f"run_dir={tmp_path / 'theirs'}")
+    ours = here("evaluate.py", f"ckpt={trained}", *questions, f"run_dir={tmp_path / 'ours'}")
+    theirs = here("evaluate.py", *model, *questions, f"run_dir={tmp_path / 'theirs'}")
     assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
     assert re.search(r"^weights: .*\.safetensors: \d+ tensors, 0\.5 M numbers$", theirs.stdout, flags=re.MULTILINE)
     values = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("ours", "theirs")]
@@ -100,7 +94,7 @@ def test_what_was_exported_is_evaluated_like_the_run_itself(trained, tmp_path):
 
 
 def test_the_card_says_recipe_data_numbers_and_licence(trained, tmp_path):
-    done = run("evaluate.py", f"ckpt={trained}", "eval=[noise]", "subset=first:30", f"run_dir={tmp_path / 'more'}")
+    done = here("evaluate.py", f"ckpt={trained}", "eval=[noise]", "subset=first:30", f"run_dir={tmp_path / 'more'}")
     assert done.returncode == 0, done.stderr
     folder = exported(trained, tmp_path, "robustbench", "--license", "mit", "--evaluation", tmp_path / "more")
     card = (folder / "README.md").read_text()

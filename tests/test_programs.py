@@ -20,7 +20,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
-from processes import ROOT, assert_one_line, last_weights, run
+from processes import ROOT, assert_one_line, here, last_weights, run
 from sklearn.datasets import load_digits
 
 from ares_lightning import build
@@ -47,7 +47,7 @@ def composed(config: str, *overrides: str):
 def trained(tmp_path_factory) -> Path:
     """A short real training run of the default command: half the epochs, the whole evaluation."""
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
-    done = run("train.py", f"run_dir={run_dir}", "trainer.max_epochs=6")
+    done = here("train.py", f"run_dir={run_dir}", "trainer.max_epochs=6")
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -58,7 +58,7 @@ def accuracy(run_dir: Path, evaluator: str) -> float:
 
 
 def test_adversarial_training_gains_robustness(trained, tmp_path):
-    done = run("train.py", "adv=none", f"run_dir={tmp_path}", "trainer.max_epochs=6")
+    done = here("train.py", "adv=none", f"run_dir={tmp_path}", "trainer.max_epochs=6")
     assert done.returncode == 0, done.stderr
     assert accuracy(trained, "clean") > 0.9
     assert accuracy(trained, "pgd20") > accuracy(tmp_path, "pgd20") + 0.15
@@ -88,17 +88,17 @@ def test_the_same_seed_gives_the_same_numbers(trained, tmp_path):
 
 
 def test_evaluating_the_checkpoint_gives_the_numbers_of_the_training(trained, tmp_path):
-    done = run("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path}")
+    done = here("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "summary.json").read_text() == (trained / "summary.json").read_text()
     parts = sorted((tmp_path / "verdicts").iterdir())
-    again = run("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path}")
+    again = here("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path}")
     assert again.returncode == 0
     assert sorted((tmp_path / "verdicts").iterdir()) == parts, "nothing is asked twice"
 
 
 def test_a_plan_is_printed_and_nothing_is_written(trained, tmp_path):
-    done = run("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path / 'run'}", "plan=true", "eval=[clean,pgd20]")
+    done = here("evaluate.py", f"ckpt={trained}", f"run_dir={tmp_path / 'run'}", "plan=true", "eval=[clean,pgd20]")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^pgd20 +digits +360 +22 +20 ", done.stdout, re.M)
     assert re.search(r"^total .* s$", done.stdout, re.M)
@@ -124,10 +124,10 @@ def test_an_interrupted_training_keeps_its_checkpoint_and_goes_on(trained, tmp_p
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert f"resume=last run_dir={tmp_path} goes on" in err
-    refused = run("train.py", f"run_dir={tmp_path}")
+    refused = here("train.py", f"run_dir={tmp_path}")
     assert refused.returncode == 1
     assert "already holds a run; give resume=last" in refused.stderr
-    done = run("train.py", f"run_dir={tmp_path}", "resume=last")
+    done = here("train.py", f"run_dir={tmp_path}", "resume=last")
     assert done.returncode == 0, done.stderr
     assert sorted(pd.read_csv(tmp_path / "metrics.csv")["epoch"].unique()) == list(range(6))
     one, two = last_weights(trained), last_weights(tmp_path)
@@ -294,13 +294,13 @@ def test_real_image_folders_train_and_evaluate(tmp_path):
     small = ["data.num_val=20", "data.num_workers=1", f"data.root={tmp_path / 'data'}"]
     for data in (["data=cifar10"], ["data=imagefolder", "data.img_size=24", "threat.norm=l2", "threat.eps=0.5"]):
         run_dir = tmp_path / data[0].removeprefix("data=")
-        done = run("train.py", *data, *QUICK, *small, f"run_dir={run_dir}", "eval=[clean,pgd20]", "adv.steps=1")
+        done = here("train.py", *data, *QUICK, *small, f"run_dir={run_dir}", "eval=[clean,pgd20]", "adv.steps=1")
         assert done.returncode == 0, done.stderr
         rows = pd.read_parquet(run_dir / "verdicts")
         assert rows["sample_name"].str.fullmatch(r"test/class[01]/\d{4}\.jpg").all()
     broken = tmp_path / "data" / "test" / "class0" / "0000.jpg"
     broken.write_bytes(b"\xff\xd8\xff nothing")
-    done = run("evaluate.py", f"ckpt={run_dir}", "subset=first:6", "eval=[clean]", f"run_dir={tmp_path / 'again'}")
+    done = here("evaluate.py", f"ckpt={run_dir}", "subset=first:6", "eval=[clean]", f"run_dir={tmp_path / 'again'}")
     assert done.returncode == 1
     assert_one_line(done, "0000.jpg")
 
@@ -391,12 +391,11 @@ def test_a_mistake_gets_one_line_and_writes_nothing(arguments, message, tmp_path
 
 def test_the_shell_sees_one_line_and_exit_code_1(tmp_path):
     assert_one_line(run("train.py", "adv.eps=-1", f"launch.root={tmp_path}"), "adv.eps=-1")
-    assert_one_line(run("train.py", "adv.epz=1", f"launch.root={tmp_path}"), "adv.epz: no such key")
 
 
 @pytest.mark.parametrize("change", ["model=resnet18", "model.settings.width=16"])
 def test_a_checkpoint_of_another_architecture_is_refused(trained, change, tmp_path):
-    assert_one_line(run("evaluate.py", f"ckpt={trained}", change, f"launch.root={tmp_path}"), "best.ckpt: ")
+    assert_one_line(here("evaluate.py", f"ckpt={trained}", change, f"launch.root={tmp_path}"), "best.ckpt: ")
     assert not list(tmp_path.iterdir())
 
 
@@ -423,6 +422,8 @@ def readme_commands() -> list[str]:
 def test_the_readmes_commands_run(command, trained, tmp_path):
     """Shortened, on the digits or on the test's own runs, but otherwise as they stand."""
     program, *arguments = command.split()[1:]
+    in_this_process = program.endswith(".py") and not re.search("trainer=ddp|logger=wandb", command)
+    call = here if in_this_process else run
     arguments = [str(trained) if argument.startswith("runs/") else argument for argument in arguments]
     arguments = [f"ckpt={trained}" if argument.startswith("ckpt=") else argument for argument in arguments]
     if "experiment=" in command:
@@ -436,7 +437,8 @@ def test_the_readmes_commands_run(command, trained, tmp_path):
             *QUICK,
             "eval=[clean]",
         ]
-        done = run(program, *arguments, f"data.root={tmp_path / 'imagenet'}", *small, f"run_dir={tmp_path / 'run'}")
+        places = [f"data.root={tmp_path / 'imagenet'}", f"run_dir={tmp_path / 'run'}"]
+        done = call(program, *arguments, *places, *small)
         assert (tmp_path / "run" / "report.html").exists(), done.stderr
     elif "imagenet" in command:
         write_imagenet(tmp_path / "imagenet")
@@ -452,7 +454,7 @@ def test_the_readmes_commands_run(command, trained, tmp_path):
         arguments = [ours.get(argument, argument) for argument in arguments]
         network = ["model.name=resnet10t", f"model.weights={tmp_path / 'weights.pth'}", "data.num_workers=0"]
         more = [] if program == "-m" else ["data=imagenet", *network, f"run_dir={tmp_path / 'run'}"]
-        done = run(program, *arguments, *more)
+        done = call(program, *arguments, *more)
         assert "6 images, 0 cannot be used" in done.stdout or "ood/imagenet_sketch: clean accuracy" in done.stdout
     elif program == "-m":
         output = tmp_path / "report.html"
@@ -463,7 +465,8 @@ def test_the_readmes_commands_run(command, trained, tmp_path):
             a for a in arguments if not a.startswith(("data", "subset=", "trainer.max_epochs", "trainer.limit"))
         ]
         short = QUICK if program == "train.py" else ["subset=first:6"]
-        done = run(program, *arguments, *short, f"run_dir={tmp_path / 'run'}")
+        short = [*short, "+model.settings.depth=1"] if "model=vit_b" in arguments else short
+        done = call(program, *arguments, *short, f"run_dir={tmp_path / 'run'}")
         assert (tmp_path / "run" / "report.html").exists() or "plan=true" in arguments, done.stderr
     assert done.returncode == 0, done.stderr
 

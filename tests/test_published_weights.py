@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,18 +14,13 @@ import torch
 import yaml
 from networks import zoo_model
 from PIL import Image
+from processes import here, run
 from safetensors.torch import save_file
 
 from ares_lightning.launch import evaluate_main
 from ares_lightning.models import read_checkpoint
 
-ROOT = Path(__file__).parent.parent
 TAG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def write_folders(root: Path, num_classes: int, num_images: int) -> list[str]:
@@ -63,7 +57,7 @@ def test_a_zoo_model_is_evaluated_with_its_published_file(tmp_path):
     (tmp_path / "files").mkdir()
     torch.save(net.backbone.state_dict(), tmp_path / "files" / "ARES_ResNet50_AT.pth")
     question = ["data.img_size=72", "subset=first:8", "eval=[clean]", f"launch.root={tmp_path / 'runs'}"]
-    done = run("evaluate.py", "model=zoo/resnet50_at", f"model.weights={tmp_path / 'files'}", *data, *question)
+    done = here("evaluate.py", "model=zoo/resnet50_at", f"model.weights={tmp_path / 'files'}", *data, *question)
     assert done.returncode == 0, done.stderr
     assert "weights: ARES_ResNet50_AT.pth: 267 tensors, 25.6 M numbers" in done.stdout
     (run_dir,) = (tmp_path / "runs" / "resnet50_at-imagefolder").iterdir()
@@ -118,7 +112,7 @@ def test_without_network_and_cache_one_line_says_what_to_do(hub, tmp_path):
 def trained(tmp_path_factory) -> Path:
     """A short training of the small network."""
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
-    done = run("train.py", "debug=limit", "model.settings.width=4", f"run_dir={run_dir}", "eval=[clean]")
+    done = here("train.py", "debug=limit", "model.settings.width=4", f"run_dir={run_dir}", "eval=[clean]")
     assert done.returncode == 0, done.stderr
     return run_dir
 

@@ -23,6 +23,7 @@ from processes import (
     SHORT,
     assert_one_line,
     finish,
+    here,
     last_weights,
     run,
     same_weights,
@@ -44,7 +45,7 @@ from ares_lightning.training.preemption import Stopped, StopSignals
 def whole(tmp_path_factory) -> Path:
     """An uninterrupted run of SHORT, in which other settings of `callbacks.checkpoint` change nothing."""
     run_dir = tmp_path_factory.mktemp("whole")
-    done = run("train.py", *SHORT, f"run_dir={run_dir}")
+    done = here("train.py", *SHORT, f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -96,7 +97,7 @@ def test_a_training_on_a_full_disk_says_so_in_one_line_and_goes_on_when_there_is
     reason = r"\w+\.ckpt: cannot be written: File too large; the one before is kept"
     assert_one_line(finish(process), rf"{tmp_path}/checkpoints/{reason}; resume=last run_dir={tmp_path} goes on")
     assert not list(tmp_path.rglob("*.tmp"))
-    again = run("train.py", f"run_dir={tmp_path}", "resume=last")
+    again = here("train.py", f"run_dir={tmp_path}", "resume=last")
     assert again.returncode == 0, again.stderr
     assert_same_run(tmp_path, whole)
 
@@ -115,7 +116,7 @@ def survive(kills: int, seed: int, whole: Path, run_dir: Path) -> None:
         process.kill()
         finish(process)
         arguments = ["resume=last"]
-    done = run("train.py", f"run_dir={run_dir}", "resume=last")
+    done = here("train.py", f"run_dir={run_dir}", "resume=last")
     assert done.returncode == 0, done.stderr
     assert_same_run(run_dir, whole)
 
@@ -152,9 +153,9 @@ def test_a_signal_stops_a_training_in_mid_epoch_without_loss(signum, tmp_path):
     assert line.endswith(f"resume=last run_dir={tmp_path} goes on")
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
     assert not (tmp_path / "verdicts").exists(), "no evaluation was run"
-    assert run("train.py", f"run_dir={tmp_path}", "resume=last").returncode == 0
+    assert here("train.py", f"run_dir={tmp_path}", "resume=last").returncode == 0
     other = tmp_path / "whole"
-    assert run("train.py", *longer, f"run_dir={other}").returncode == 0
+    assert here("train.py", *longer, f"run_dir={other}").returncode == 0
     assert_same_run(tmp_path, other)
 
 
@@ -280,7 +281,7 @@ def test_a_training_killed_before_its_first_checkpoint_begins_again(whole, tmp_p
     process.kill()
     finish(process)
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
-    again = run("train.py", f"run_dir={tmp_path}", "resume=last")
+    again = here("train.py", f"run_dir={tmp_path}", "resume=last")
     assert again.returncode == 0, again.stderr
     assert f"no checkpoint yet in {tmp_path}; begins again with the settings in config.yaml" in again.stdout
     assert_same_run(tmp_path, whole)
@@ -294,7 +295,7 @@ def test_a_training_killed_in_its_evaluation_goes_on_with_that(tmp_path):
     finish(process)
     before = last_weights(tmp_path)
     parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "verdicts").glob("*.parquet")}
-    again = run("train.py", f"run_dir={tmp_path}", "resume=last")
+    again = here("train.py", f"run_dir={tmp_path}", "resume=last")
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == written for path, written in parts.items())
     rows = pd.read_parquet(tmp_path / "verdicts")
@@ -379,5 +380,5 @@ def test_what_does_not_fit_a_checkpoint_is_refused_in_one_line(whole, tmp_path):
         (["resume=last", f"run_dir={tmp_path}"], r"resume=last: no such checkpoint"),
         ([f"run_dir={file}/below"], rf"run_dir={file}/below: .*cannot be written: Not a directory"),
     ):
-        assert_one_line(run("train.py", *SHORT, *arguments), message)
+        assert_one_line(here("train.py", *SHORT, *arguments), message)
     assert (other / "config.yaml").read_text() == "name: other"

@@ -71,7 +71,9 @@ def examine_all(root: Path, workers: int) -> list[Finding]:
     names = sorted(image_names(root, ""))
     if not names:
         raise ValueError(f"{root}: no images ({' '.join(EXTENSIONS)}) here or below")
-    with multiprocessing.get_context("forkserver").Pool(workers) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ares_lightning.data"])  # loaded once for all processes
+    with context.Pool(workers) as pool:
         return pool.map(partial(examine, root), names, chunksize=16)
 
 

@@ -61,7 +61,7 @@ def make_evaluation(data: RobustDataModule, batch_size: int, precision: str) -> 
     )
 
 
-def main(weights: str, run_dir: str, batch_size: str, precision: str) -> None:
+def main(weights: Path | str, run_dir: Path | str, batch_size: int | str, precision: str) -> None:
     torch.set_num_threads(1)
     if torch.distributed.is_torchelastic_launched():
         torch.distributed.init_process_group("gloo")

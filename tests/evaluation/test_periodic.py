@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-from processes import SHORT, assert_one_line, last_weights, run, same_weights
+from processes import SHORT, assert_one_line, here, last_weights, run, same_weights
 
 PERIODIC = [
     "callbacks.periodic.every_n_epochs=2",
@@ -82,4 +82,4 @@ def test_the_training_notices_nothing(tmp_path):
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(tmp_path, settings, message):
-    assert_one_line(run("train.py", *FOUR, *PERIODIC, *settings, f"run_dir={tmp_path}"), message)
+    assert_one_line(here("train.py", *FOUR, *PERIODIC, *settings, f"run_dir={tmp_path}"), message)

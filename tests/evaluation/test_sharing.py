@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from processes import ROOT, assert_one_line, finish, run, start, wait_for_parts
+import shared_run
+from processes import assert_one_line, finish, here, run, start, wait_for_parts
 
 from ares_lightning.evaluation.verdicts import KEY
 
-SHARED_RUN = ROOT / "tests" / "evaluation" / "shared_run.py"
-TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", "1", "--master-addr", "127.0.0.1"]
+TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+TORCHRUN += ["--nnodes", "1", "--nproc-per-node"]
 COLUMNS_OF_KEY = [*KEY, "evaluator"]
 
 
@@ -31,10 +32,11 @@ def table(run_dir: Path, columns: list[str] | None = None) -> pd.DataFrame:
 def shared(
     weights: Path, run_dir: Path, *, batch_size: int = 16, processes: int = 1, precision: str = "fp64"
 ) -> None:
-    launcher = [] if processes == 1 else [*TORCHRUN, "--nproc-per-node", processes, "--master-port", 0]
-    launcher = launcher and [*launcher[:-2], "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    done = run(*launcher, SHARED_RUN, weights, run_dir, batch_size, precision)
-    assert done.returncode == 0, done.stderr
+    if processes == 1:
+        shared_run.main(weights, run_dir, batch_size, precision)
+    else:
+        done = run(*TORCHRUN, processes, shared_run.__file__, weights, run_dir, batch_size, precision)
+        assert done.returncode == 0, done.stderr
 
 
 CUTS = {
@@ -63,30 +65,25 @@ def test_verdicts_do_not_depend_on_batch_size_and_processes(weights, tmp_path, p
 def checkpoint(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     few = ["trainer.max_epochs=1", "model.settings.width=8", "adv=fgsm", "eval=[]", "callbacks.progress=false"]
-    done = run("train.py", *few, f"run_dir={run_dir}")
+    done = here("train.py", *few, f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
     return run_dir
 
 
-def asked(work: int) -> list[str]:
-    """An evaluation in many parts; `work` times 20 steps of the attacks."""
-    steps = [f"eval.{name}.attack.steps={20 * work}" for name in ("pgd20", "curve_threat")]
-    return [
-        "eval=[clean,pgd20,curve_threat]",
-        "subset=random:120@0",
-        "data.eval_batch_size=4",
-        "precision=fp64",
-        *steps,
-    ]
+def asked(steps: int, subset: str, batch_size: int) -> list[str]:
+    """An evaluation in many parts, the more the smaller the batches."""
+    attacks = [f"eval.{name}.attack.steps={steps}" for name in ("pgd20", "curve_threat")]
+    batches = [f"subset={subset}", f"data.eval_batch_size={batch_size}"]
+    return ["eval=[clean,pgd20,curve_threat]", "precision=fp64", *batches, *attacks]
 
 
-ASKED = asked(4)
+ASKED = asked(80, "random:120@0", 4)
 
 
 @pytest.fixture(scope="module")
 def whole(checkpoint, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole")
-    done = run("evaluate.py", f"ckpt={checkpoint}", *ASKED, "data.eval_batch_size=64", f"run_dir={run_dir}")
+    done = here("evaluate.py", f"ckpt={checkpoint}", *ASKED, "data.eval_batch_size=64", f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -110,7 +107,7 @@ def test_two_devices_and_two_nodes_give_the_table_of_one_process(checkpoint, who
 
 def test_the_folder_of_other_settings_is_refused_before_anything_is_written(checkpoint, whole):
     config = (whole / "config.yaml").read_bytes()
-    done = run("evaluate.py", f"ckpt={checkpoint}", *ASKED, "seed=1", f"run_dir={whole}")
+    done = here("evaluate.py", f"ckpt={checkpoint}", *ASKED, "seed=1", f"run_dir={whole}")
     assert_one_line(done, rf"run_dir={whole}: holds verdicts of eval\.clean on digits under other settings")
     assert (whole / "config.yaml").read_bytes() == config
 
@@ -134,7 +131,7 @@ def killed_and_resumed(given: list[str], run_dir: Path, kills: int, seed: int) -
         os.killpg(process.pid, signal.SIGKILL)
         finish(process)
         assert not (run_dir / "summary.json").exists(), "there was nothing left to kill"
-    assert_ends_well(start("evaluate.py", *given))
+    assert here("evaluate.py", *given).returncode == 0
 
 
 def test_an_evaluation_killed_at_random_moments_goes_on_to_the_same_table(checkpoint, whole, tmp_path):
@@ -145,8 +142,9 @@ def test_an_evaluation_killed_at_random_moments_goes_on_to_the_same_table(checkp
 
 @pytest.mark.proof
 def test_an_evaluation_killed_twenty_times_goes_on_to_the_same_table(checkpoint, tmp_path):
-    given = [f"ckpt={checkpoint}", *asked(200)]
-    assert_ends_well(start("evaluate.py", *given, "data.eval_batch_size=64", f"run_dir={tmp_path / 'whole'}"))
+    given = [f"ckpt={checkpoint}", *asked(4000, "null", 1)]
+    at_once = here("evaluate.py", *given, "data.eval_batch_size=64", f"run_dir={tmp_path / 'whole'}")
+    assert at_once.returncode == 0, at_once.stderr
     killed_and_resumed([*given, f"run_dir={tmp_path / 'killed'}"], tmp_path / "killed", 20, 0)
     pd.testing.assert_frame_equal(table(tmp_path / "killed"), table(tmp_path / "whole"))
     assert (tmp_path / "killed" / "summary.json").read_text() == (tmp_path / "whole" / "summary.json").read_text()
