@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ares_lightning.data.datasets import Drawn, ImageSet, Sample, Unreadable
 from ares_lightning.data.images import ImageError
@@ -140,6 +143,7 @@ class ImageLoader(DataLoader[Any]):
             worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # else each new iterator would draw from the global random state
         )
+        _LOADERS.add(self)
         self.replays = replays
         self.skipped = {} if skipped is None else skipped
         self._image_set, self._shards = dataset, shards
@@ -195,6 +199,17 @@ class ImageLoader(DataLoader[Any]):
         self._epoch, self._done, self._goes_on = state["epoch"], state["batches"], True
         if self._shards:
             self._shards.set_epoch(self._epoch)
+
+
+_LOADERS: WeakSet[ImageLoader] = WeakSet()
+
+
+@atexit.register
+def _end_loading_processes() -> None:
+    """End what multiprocessing would wait for in vain, since loading processes ignore the signal that it sends."""
+    for loader in _LOADERS:
+        if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
+            loader._iterator._shutdown_workers()
 
 
 def _leave_signals_to_the_main_process(worker_id: int) -> None:

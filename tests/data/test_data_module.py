@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
+from processes import run
 from torch import Tensor
 
 from ares_lightning.data import ImageError, RobustDataModule
@@ -71,6 +72,22 @@ def test_persistent_workers_see_the_epoch(make_tree):
         single.sampler.set_epoch(epoch)
         for batch, expected in zip(loader, single, strict=True):
             assert all(a.equal(b) for a, b in zip(batch, expected, strict=True))
+
+
+BROKEN_OFF = """
+from ares_lightning.data import RobustDataModule
+sizes = {"img_size": 8, "in_chans": 1, "batch_size": 64, "eval_batch_size": 16, "num_val": 180}
+data = RobustDataModule(name="digits", num_workers=2, **sizes)
+batches = iter(data.evaluation_loader(data.test_set))
+next(batches)
+raise RuntimeError("in the middle of an epoch")
+"""
+
+
+def test_a_program_that_fails_among_batches_ends():
+    done = run("-c", BROKEN_OFF, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("RuntimeError: in the middle of an epoch")
 
 
 def test_iterating_leaves_the_global_random_state_alone():
