@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, get_worker_info
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ares_lightning.data.datasets import Drawn, ImageSet, Sample, Unreadable
 from ares_lightning.data.images import ImageError
@@ -143,7 +143,6 @@ class ImageLoader(DataLoader[Any]):
             worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # else each new iterator would draw from the global random state
         )
-        _LOADERS.add(self)
         self.replays = replays
         self.skipped = {} if skipped is None else skipped
         self._image_set, self._shards = dataset, shards
@@ -201,21 +200,20 @@ class ImageLoader(DataLoader[Any]):
             self._shards.set_epoch(self._epoch)
 
 
-_LOADERS: WeakSet[ImageLoader] = WeakSet()
-
-
-@atexit.register
-def _end_loading_processes() -> None:
-    """End what multiprocessing would wait for in vain, since loading processes ignore the signal that it sends."""
-    for loader in _LOADERS:
-        if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
-            loader._iterator._shutdown_workers()
-
-
 def _leave_signals_to_the_main_process(worker_id: int) -> None:
     """Ignore what schedulers send to every process of a job: the main one still needs its batches to end well."""
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for signum in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
+    if sys.platform == "linux":  # others have no sigwaitinfo, and there SIGTERM ends a loading process
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for(parent: int) -> None:
+    """End this process on SIGTERM of its parent, which has no use for it any more, and of nobody else."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _collate_readable(samples: list[Sample | Unreadable]) -> tuple[Batch | None, list[Unreadable]]:
