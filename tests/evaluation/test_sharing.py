@@ -142,7 +142,7 @@ def test_an_evaluation_killed_at_random_moments_goes_on_to_the_same_table(checkp
 
 @pytest.mark.proof
 def test_an_evaluation_killed_twenty_times_goes_on_to_the_same_table(checkpoint, tmp_path):
-    given = [f"ckpt={checkpoint}", *asked(4000, "null", 1)]
+    given = [f"ckpt={checkpoint}", *asked(4000, "random:240@0", 4)]
     at_once = here("evaluate.py", *given, "data.eval_batch_size=64", f"run_dir={tmp_path / 'whole'}")
     assert at_once.returncode == 0, at_once.stderr
     killed_and_resumed([*given, f"run_dir={tmp_path / 'killed'}"], tmp_path / "killed", 20, 0)
