@@ -5,9 +5,9 @@
     python benchmarks/ares_bench.py imagenet --data imagenet-100 --output …/ares-bench-imagenet-paths-cpu.json
 
 cifar10: two given ResNet-20, trained adversarially and on clean images, and two small networks trained here.
-imagenet: random backbones under a head fitted to the images (ares_bench_paths.py), and out-of-distribution sets
-that are these very images again, laid out as published. Such accuracies say nothing about a model, only that the
-path is sound.
+imagenet: backbones of the zoo with random weights under a head fitted to the images (ares_bench_paths.py), which
+are made small, and out-of-distribution sets that are these very images again, laid out as published. Such
+accuracies say nothing about a model, only that the path is sound.
 
 Every run is `python evaluate.py … eval=[ares_bench,sanity]`, with few images, steps and queries, which stand under
 `settings` in the result. The last run has the transfer matrix of all four models. The result holds the command,
@@ -45,13 +45,10 @@ PACKAGES = ("ares-lightning", "torch", "torchvision", "timm", "lightning", "nump
 BLACK_BOX = ("square", "nes", "spsa", "nattack", "boundary", "evolutionary")
 SAMPLING = ("nes", "spsa", "nattack")
 """Those that estimate a gradient from many queries."""
-BACKBONES = {
-    "vit": ("vit_tiny_patch16_224", "{depth:4}"),
-    "swin": ("swin_tiny_patch4_window7_224", "{embed_dim:24,depths:[2,2,2,2],num_heads:[1,2,4,8]}"),
-    "convnext": ("convnext_atto", "{}"),
-    "resnet": ("resnet10t", "{}"),
-}
-"""Of the four families of ARES-Bench, with settings that make them small."""
+BACKBONES = {"vit": "vits_normal", "swin": "swins_normal", "convnext": "convs_normal", "resnet": "resnet50_normal"}
+"""Keys of the zoo, of four families of ARES-Bench."""
+IMG_SIZE = 64
+"""Side of the images in pixels, in place of 224, which a laptop would need a day for."""
 OOD_FOLDERS = {"imagenet-a": "a", "imagenet-r": "r"} | dict.fromkeys(
     ("sketch", "stylized-imagenet/val", "imagenet-c/fog/3")
 )
@@ -95,14 +92,14 @@ def trained(adv: str, data: Path, runs: Path) -> Subject:
 
 def fitted(name: str, root: Path, folder: Path) -> Subject:
     """Make a random network that knows the images, unless it is there."""
-    architecture, small = BACKBONES[name]
+    key = BACKBONES[name]
     weights = folder / f"{name}.pth"
     if not weights.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        classifier, _ = make_model(architecture, root, f"+model.settings={small}")
+        classifier, _ = make_model(key, root, f"data.img_size={IMG_SIZE}")
         torch.save(classifier.backbone.state_dict(), weights)
-    settings = ("model=timm", f"model.name={architecture}", f"+model.settings={small}", f"model.weights={weights}")
-    return Subject(name, settings, f"{{name:{architecture},settings:{small},weights:{weights}}}")
+    settings = (f"model=zoo/{key}", f"model.weights={weights}", f"data.img_size={IMG_SIZE}")
+    return Subject(name, settings, f"{{zoo:{key},weights:{weights}}}")
 
 
 def lay_out(images: Path, root: Path) -> Path:
@@ -137,7 +134,7 @@ def reductions(arguments: argparse.Namespace) -> list[str]:
     settings += [f"eval.sanity.steps=[{','.join(map(str, arguments.sanity_steps))}]"]
     settings += [f"eval.sanity.strong_steps={arguments.sanity_steps[-1]}"]
     if not small:
-        settings += ["eval.frequency.radii=[112,56,28,14]", "eval.ood.severities=[3]"]
+        settings += ["eval.frequency.radii=[32,16,8,4]", "eval.ood.severities=[3]"]
         settings += [f"eval.ood.subset=random:{arguments.images}@0"]
     return settings
 
