@@ -109,7 +109,7 @@ def same_weights(one: Path, two: Path) -> bool:
 
 def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert done.returncode == 1, done.stdout
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert re.search(message, done.stderr), done.stderr
 
