@@ -345,8 +345,10 @@ def test_a_loading_process_that_dies_is_named(tmp_path):
     workers = [child for child in children if b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
     os.kill(int(workers[0]), signal.SIGKILL)
     done = finish(process)
+    assert done.returncode == 1
     death = rf"data\.num_workers=1: DataLoader worker .*{workers[0]}"
-    assert_one_line(done, rf"{death}.*resume=last run_dir={tmp_path} goes on")
+    # torch raises it wherever the main process happens to be, and in a finaliser Python prints it before
+    assert re.search(rf"{death}.*resume=last run_dir={tmp_path} goes on$", done.stderr.strip()), done.stderr
     assert last_weights(tmp_path)
 
 
