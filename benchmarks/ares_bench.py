@@ -45,10 +45,16 @@ PACKAGES = ("ares-lightning", "torch", "torchvision", "timm", "lightning", "nump
 BLACK_BOX = ("square", "nes", "spsa", "nattack", "boundary", "evolutionary")
 SAMPLING = ("nes", "spsa", "nattack")
 """Those that estimate a gradient from many queries."""
-BACKBONES = {"vit": "vits_normal", "swin": "swins_normal", "convnext": "convs_normal", "resnet": "resnet50_normal"}
-"""Keys of the zoo, of four families of ARES-Bench."""
+BACKBONES = {
+    "vit": ("vits_normal",),
+    "swin": ("swins_normal",),
+    "convnext": ("convs_normal",),
+    "resnet": ("resnet50_normal", "+model.settings.zero_init_last=false"),
+}
+"""Keys of the zoo, of four families of ARES-Bench. The residual branches of timm's ResNets begin at zero: without
+training they would hardly count, and nothing would break the network."""
 IMG_SIZE = 64
-"""Side of the images in pixels, in place of 224, which a laptop would need a day for."""
+"""Side of the images in pixels, in place of 224: a twelfth of the pixels."""
 OOD_FOLDERS = {"imagenet-a": "a", "imagenet-r": "r"} | dict.fromkeys(
     ("sketch", "stylized-imagenet/val", "imagenet-c/fog/3")
 )
@@ -92,11 +98,11 @@ def trained(adv: str, data: Path, runs: Path) -> Subject:
 
 def fitted(name: str, root: Path, folder: Path) -> Subject:
     """Make a random network that knows the images, unless it is there."""
-    key = BACKBONES[name]
+    key, *random = BACKBONES[name]
     weights = folder / f"{name}.pth"
     if not weights.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        classifier, _ = make_model(key, root, f"data.img_size={IMG_SIZE}")
+        classifier, _ = make_model(key, root, f"data.img_size={IMG_SIZE}", *random)
         torch.save(classifier.backbone.state_dict(), weights)
     settings = (f"model=zoo/{key}", f"model.weights={weights}", f"data.img_size={IMG_SIZE}")
     return Subject(name, settings, f"{{zoo:{key},weights:{weights}}}")

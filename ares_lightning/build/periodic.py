@@ -41,12 +41,12 @@ def build_periodic(cfg: DictConfig, data: RobustDataModule, run_dir: Path) -> Pe
         )
     with section("callbacks.periodic"):
         select_subset(data.val_set, settings["subset"])  # so that the key is named
-    every, validated, last = settings["every_n_epochs"], cfg.trainer.check_val_every_n_epoch, cfg.trainer.max_epochs
     own = copy.deepcopy(cfg)
     with open_dict(own):
         own.eval = {name: own.eval[name] for name in names}
         own.subset = settings["subset"]
     evaluation = build_evaluation(own, data, data.val_set)
+    every, validated, last = settings["every_n_epochs"], cfg.trainer.check_val_every_n_epoch, cfg.trainer.max_epochs
     with section("callbacks.periodic"):
         periodic = PeriodicEvaluation(
             evaluation, run_dir / "periodic", every_n_epochs=every, networks=networks, weights=weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ares_lightning.attacks import Attack, Outcome
+from ares_lightning.attacks import Attack
 from ares_lightning.attacks.guard import Model, full_precision, guarded
 from ares_lightning.attacks.passes import Passes, predict
 from ares_lightning.attacks.verdict import NonFiniteLogitsError
@@ -90,7 +90,8 @@ class TransferEvaluator(Evaluator):
                 places = torch.tensor(same, device=images.device)
                 answering = {name: judges[name] for name, is_one in zip(judges, pattern, strict=True) if is_one}
                 batch = (images[places], labels[places], sample_ids[torch.tensor(same)])
-                given = self._judged(answering, *batch, seed, passes, judges.keys() - answering.keys())
+                lost = [name for name in judges if name not in answering]
+                given = self._judged(answering, *batch, seed, passes, lost)
                 answers += [replace(answer, places=places) for answer in given]
         yield from answers
 
@@ -102,20 +103,35 @@ class TransferEvaluator(Evaluator):
         sample_ids: Tensor,
         seed: int,
         passes: Passes,
-        lost: Set[str] = frozenset(),
+        lost: Sequence[str] = (),
     ) -> Iterator[Verdicts]:
         """Yield the verdicts of models with finite logits, and of those that are `lost` without asking them."""
         source = judges.get(self.source)
         if source is not None and self.source == self.own and passes.search_on is not None:
             source = passes.search_on
         fingerprints: dict[str, str | None] = {other.name: other.fingerprint for other in self.others}
+        unattacked = {name: lost_outcome(images) for name in lost}
+        if source is None:
+            for name, model in judges.items():
+                unattacked[name] = clean_outcome(model, images, labels, sample_ids, seed, passes)
         for attack in self.attacks:
-            found = {name: lost_outcome(images) for name in lost}
-            if source is None:
-                for name, model in judges.items():
-                    found[name] = clean_outcome(model, images, labels, sample_ids, seed, passes)
-            elif judges:
-                found |= self._attacked(attack, source, judges, images, labels, sample_ids, seed, passes)
+            found = dict(unattacked)
+            if source is not None:
+                try:
+                    found |= attack(
+                        source,
+                        images,
+                        labels,
+                        victim=judges,
+                        sample_ids=sample_ids,
+                        seed=seed,
+                        batch_size=passes.batch_size,
+                        precision=passes.precision,
+                    )
+                except NonFiniteLogitsError:
+                    raise
+                except ValueError as error:
+                    raise ValueError(f"{self.source}: {error}") from error
             for name, outcome in found.items():
                 if name != self.own:  # the examples were made once
                     nothing = torch.zeros_like(outcome.forwards)
@@ -128,33 +144,6 @@ class TransferEvaluator(Evaluator):
                     model_fingerprint=fingerprints.get(name),
                     source_fingerprint=self.source_fingerprint,
                 )
-
-    def _attacked(
-        self,
-        attack: Attack,
-        source: Model,
-        judges: Mapping[str, Model],
-        images: Tensor,
-        labels: Tensor,
-        sample_ids: Tensor,
-        seed: int,
-        passes: Passes,
-    ) -> dict[str, Outcome]:
-        try:
-            return attack(
-                source,
-                images,
-                labels,
-                victim=judges,
-                sample_ids=sample_ids,
-                seed=seed,
-                batch_size=passes.batch_size,
-                precision=passes.precision,
-            )
-        except NonFiniteLogitsError:
-            raise
-        except ValueError as error:
-            raise ValueError(f"{self.source}: {error}") from error
 
     def further_rows(self, verdicts: pd.DataFrame) -> list[dict[str, Any]]:
         """Return `transfer_accuracy` of every model under every attack, with the names of source and model."""
