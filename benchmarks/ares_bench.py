@@ -2,7 +2,7 @@
 
     python benchmarks/ares_bench.py cifar10 --data cifar --weights resnet20-cifar10-linf.pt resnet20-cifar10.th \
         --output benchmarks/results/ares-bench-cifar10-cpu.json
-    python benchmarks/ares_bench.py imagenet --data imagenet-100 --output …/ares-bench-imagenet-paths-cpu.json
+    python benchmarks/ares_bench.py imagenet --data imagenet-100 --output …/ares-bench-imagenet-cpu.json
 
 cifar10: two given ResNet-20, trained adversarially and on clean images, and two small networks trained here.
 imagenet: backbones of the zoo with random weights under a head fitted to the images (ares_bench_paths.py), which
