@@ -51,6 +51,11 @@ class Entry:
         return f"{NORMS.get(self.norm, self.norm)}, eps {eps_text(self.norm, self.eps)}"
 
     @property
+    def suites(self) -> tuple[str, ...]:
+        """The evaluators whose attacks are in it, those of the sanity suite as one."""
+        return _sorted("sanity" if name.startswith("sanity_") else name for name in self.attacks)
+
+    @property
     def checked(self) -> bool:
         """Whether any sanity check was made."""
         return bool(self.failed or self.warned or self.passed)
