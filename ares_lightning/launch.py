@@ -24,6 +24,7 @@ from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from ares_lightning.atomic import WriteError
 from ares_lightning.build import (
@@ -316,7 +317,7 @@ def _main(config_name: str, work: Callable[[DictConfig, tuple[str, ...]], Metric
     try:
         with inherited(HYDRA_FULL_ERROR="1"):  # so that composition errors reach us instead of being printed
             hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if full_error:
             raise
         sys.exit(_complaint(error))

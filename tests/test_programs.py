@@ -389,6 +389,15 @@ def test_a_mistake_gets_one_line_and_writes_nothing(arguments, message, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_config_file_that_is_no_yaml_is_named_with_the_line(tmp_path):
+    folder = tmp_path / "conf" / "optim"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("lr: 0.1\n  momentum: 0.9\n")
+    run = here("train.py", "--config-dir", tmp_path / "conf", "optim=mine", f"launch.root={tmp_path / 'runs'}")
+    assert_one_line(run, r"mine\.yaml.*line 2")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_shell_sees_one_line_and_exit_code_1(tmp_path):
     assert_one_line(run("train.py", "adv.eps=-1", f"launch.root={tmp_path}"), "adv.eps=-1")
 

@@ -38,6 +38,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     **{f"{name}_convstem": partial(with_conv_stem, name) for name in WIDTHS},
     "resnet20": ResNet20,
     "preact_resnet18": PreActResNet18,
+    "wide_resnet": WideResNet,
     "wide_resnet28_10": partial(WideResNet, depth=28, width=10),
     "wide_resnet34_10": partial(WideResNet, depth=34, width=10),
     "wide_resnet70_16": partial(WideResNet, depth=70, width=16),
