@@ -99,7 +99,9 @@ class Laboratory:
             folder.parent.mkdir(parents=True, exist_ok=True)
             print("python", shlex.join(command), flush=True)
             start = time.perf_counter()
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            ended = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+            if ended.returncode:
+                raise SystemExit(f"{command[0]} ended with exit code {ended.returncode}; the same command goes on")
             done.write_text(json.dumps(time.perf_counter() - start))
         seconds: float = json.loads(done.read_text())
         return seconds
