@@ -101,7 +101,7 @@ class DatasetSource:
         where = f"data.{self.split}: sample {sample_id}"
         try:
             image, label = self.dataset[sample_id]
-            label = int(label)
+            label = int(np.asarray(label).item())
         except Exception as error:  # of somebody else's code
             told = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ImageError(f"{where} cannot be read ({told}); mend {type(self.dataset).__name__}") from error
@@ -124,6 +124,7 @@ def _labels(split: str, dataset: Any) -> Tensor:
         raise ValueError(f"data.{split}: {type(dataset).__name__} has no length; give a map-style dataset")
     listed = next((getattr(dataset, name) for name in LABEL_ATTRIBUTES if hasattr(dataset, name)), None)
     labels = np.asarray([dataset[i][1] for i in range(len(dataset))] if listed is None else listed)
+    labels = labels.reshape(-1) if labels.size == len(dataset) else labels
     is_plain = labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer)
     if not is_plain or not len(labels) or labels.min() < 0:
         raise ValueError(
