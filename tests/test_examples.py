@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from processes import ROOT, here, last_weights
 from sklearn.datasets import load_digits
+from torch.utils.data import Dataset
 
 from ares_lightning import build
 from ares_lightning.attacks import make_attack
 from ares_lightning.attacks.passes import Passes
+from ares_lightning.build.own import own_class
 from ares_lightning.launch import CONFIG_DIR
 from ares_lightning.training.objectives import InnerAttack
 from examples.attack import ODIPGD
@@ -39,6 +41,16 @@ def composed(program: str, *overrides: str):
     search = f"hydra.searchpath=[file://{ROOT / 'examples' / 'conf'}]"
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return compose(program, [search, *overrides])
+
+
+def test_the_pages_data_set_is_there(tmp_path):
+    (block,) = re.findall(r"```yaml\n# conf/data/svhn\.yaml\n(.*?)```", PAGE.read_text(), re.S)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "svhn.yaml").write_text(block)
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        data = compose("train", [f"hydra.searchpath=[file://{tmp_path}]", "data=svhn", "data.root=/data/svhn"]).data
+    assert (data.name, data.img_size, data.num_classes) == ("svhn", 32, 10)
+    assert own_class(data.train._target_, Dataset)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +104,7 @@ def test_the_objective_weighs_clean_against_adversarial(trained):
     adversarial = inner.craft(net, images, labels, epoch=0, sample_ids=None)
     losses = [F.cross_entropy(net(each), labels) for each in (images, adversarial)]
     mixture, _ = Mixture(inner, clean_weight=0.2).loss(net, images, adversarial, labels, 0)
-    assert mixture == pytest.approx(float(0.2 * losses[0] + 0.8 * losses[1]))
+    torch.testing.assert_close(mixture, 0.2 * losses[0] + 0.8 * losses[1])
 
 
 def test_the_trick_trains_the_last_layer_alone_at_first(trained, digits):
@@ -137,7 +149,8 @@ def test_the_evaluator_finds_the_worst_angle(trained):
     assert turned["broken"].mean() > clean["broken"].mean()
     rows = json.loads((trained / "summary.json").read_text())
     (row,) = [row for row in rows if row["evaluator"] == "rotations"]
-    assert (row["metric"], row["value"]) == ("robust_accuracy", 1 - turned["broken"].mean())
+    assert row["metric"] == "robust_accuracy"
+    assert row["value"] == pytest.approx(1 - turned["broken"].mean())
     net, images, labels = torch.nn.Flatten(), torch.rand(8, 1, 3, 3), torch.arange(8)
     (still,) = Rotations("still", degrees=0).verdicts(net, images, labels, torch.arange(8), 0, Passes())
     assert torch.equal(still.outcome.broken, net(images).argmax(1) != labels)

