@@ -340,7 +340,8 @@ def _complaint(error: Exception) -> str:
     choice = re.match(r".*Could not (?:load|find) '(\w+)/([^/']+)'", line)
     if choice:
         group, given = choice.groups()
-        known = sorted(file.stem for file in (CONFIG_DIR / group).glob("*.yaml"))
+        folders = {CONFIG_DIR, *map(Path, re.findall(r"path=file://(.+)", str(error)))}  # with --config-dir
+        known = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
         near = get_close_matches(given, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         line = f"{group}={given}: no such choice; {hint}expected one of {', '.join(known)}"

@@ -96,6 +96,8 @@ def every_pair() -> list[tuple[Any, ...]]:
 class BriefAutoAttack(AutoAttack):
     """AutoAttack with fewer steps, targets and queries, which would be too few to bear its name elsewhere."""
 
+    name = "autoattack"
+
     @property
     def members(self) -> tuple[Attack, ...]:
         """The members with cheap settings."""

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -406,18 +405,6 @@ def test_the_shell_sees_one_line_and_exit_code_1(tmp_path):
 def test_a_checkpoint_of_another_architecture_is_refused(trained, change, tmp_path):
     assert_one_line(here("evaluate.py", f"ckpt={trained}", change, f"launch.root={tmp_path}"), "best.ckpt: ")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_wheel_carries_the_configs_and_the_page(tmp_path):
-    build_wheel = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(build_wheel, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    shipped = {f"ares_lightning/conf/{path.relative_to(CONFIG_DIR)}" for path in CONFIG_DIR.rglob("*.yaml")}
-    assert len(shipped) > 30
-    templates = {f"evaluation/report/templates/{name}" for name in ("report.html", "page.css", "page.js")}
-    beside_code = templates | {"models/zoo.csv", "py.typed"}
-    assert shipped | {f"ares_lightning/{name}" for name in beside_code} <= names
 
 
 def readme_commands() -> list[str]:

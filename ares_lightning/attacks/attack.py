@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self, overload
 import torch
 from torch import Tensor
 
+from ares_lightning.attacks.authorship import foreign_code
 from ares_lightning.attacks.guard import MODES, Model, full_precision, guarded
 from ares_lightning.attacks.losses import LOSSES, Loss, Objective, as_objective
 from ares_lightning.attacks.passes import Passes, is_broken
@@ -39,11 +40,14 @@ class Attack(ABC):
         model's own numbers from torch's generators follow from `seed`, the attack's name and the sample ids of the
         call: shared by a batch as they are, only models that draw none have results independent of the batch.
 
+    A subclass is a frozen dataclass whose fields are its settings; it writes `_run`. Its name is by default that of
+    the class in lower case.
+
     Raises ValueError for a setting that makes no sense, with the key and its value.
     """
 
     name: ClassVar[str]
-    kind: ClassVar[str]
+    kind: ClassVar[str] = "white-box"
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
     targeted: ClassVar[bool] = True
     needs_targets: ClassVar[bool] = False
@@ -54,6 +58,10 @@ class Attack(ABC):
     norm: str = "linf"
     eps: float | str | None = None
     eot: int = 1
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            cls.name = cls.__name__.lower()
 
     def __post_init__(self) -> None:
         if self.norm not in self.norms:
@@ -74,8 +82,12 @@ class Attack(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the name and every setting, the same in every process; of a file the content counts."""
-        return hashlib.blake2b(json.dumps(self._identity()).encode(), digest_size=8).hexdigest()
+        """A hash of the name and every setting, the same in every process; of a file the content counts.
+
+        So does the code of classes that are not part of this project.
+        """
+        identity = [*self._identity(), *foreign_code(type(self))]
+        return hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
 
     def _identity(self) -> list[Any]:
         """Return what tells the attack from others, as plain values."""

@@ -12,7 +12,7 @@ from ares_lightning.attacks.guard import Model, full_precision, guarded
 from ares_lightning.attacks.losses import margin
 from ares_lightning.attacks.passes import Passes, check_classes, check_logits, is_broken, predict
 from ares_lightning.attacks.search import Search
-from ares_lightning.attacks.threat import Ball
+from ares_lightning.attacks.threat import SLACK, Ball
 
 MAX_NAMED = 5
 PROBABILITY_SLACK = 1e-4
@@ -20,6 +20,8 @@ ROUNDING_ERRORS = 1000
 """What a forward may lose to rounding, in units of the last place of its largest logit: its terms may be larger."""
 MOST_LOST = 1e-3
 """The most that passes for rounding, as a share of the largest logit; 16-bit logits may lose more."""
+OUTSIDE = 1e-7
+"""By how much, on the [0, 1] scale, rounding in float32 may take an image past its L-inf budget, with room."""
 PUSHES = (1e-5, 1e-4)
 """By what shares of its perturbation an image found is pushed on where rounding has undone its verdict."""
 
@@ -128,6 +130,7 @@ def take_verdict(model: Model, case: Case, search: Search, attacked: Tensor, cle
         if search.feedback and case.passes.eot == 1:
             _push_on(model, asked, search, found, logits, prediction)
         broken = is_broken(prediction, asked.labels, asked.targets)
+        _check_kept(asked, search.ball.distance(found, asked.images), found, broken)
         adversarial[attacked[broken]] = found[broken]
         adversarial_prediction[attacked[broken]] = prediction[broken]
     spent = slice(None) if everyone else attacked
@@ -142,6 +145,17 @@ def take_verdict(model: Model, case: Case, search: Search, attacked: Tensor, cle
         clean_prediction=clean_prediction,
         adversarial_prediction=adversarial_prediction,
     )
+
+
+def _check_kept(case: Case, distance: Tensor, found: Tensor, broken: Tensor) -> None:
+    """Raise ValueError where an example that counts has left its budget, or the box, by more than rounding."""
+    within = distance <= case.budgets * (1 + SLACK[found.dtype]) + OUTSIDE
+    inside = ((found >= 0) & (found <= 1)).flatten(1).all(1)
+    if not bool((~broken | (within & inside)).all()):
+        raise ValueError(
+            f"{case.name}: hands in examples outside of the budget or of [0, 1]; take them back by "
+            "self.ball.project(images, search.clean, search.eps)"
+        )
 
 
 def transfer_verdict(victim: Model, case: Case, crafted: Search) -> Outcome:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from ares_lightning.attacks import Attack, Threat, make_attack
 from ares_lightning.attacks.attack import DEFAULT_EPS
+from ares_lightning.build.own import TARGET, build_own
 
 IMAGENET_PIXELS = 3 * 224 * 224
 """Dimensions of the images that the usual budgets are meant for."""
@@ -28,12 +29,22 @@ def usual_budget(norm: str, threat: Threat, num_pixels: int) -> float:
     return DEFAULT_EPS[norm] * (1.0 if norm == "linf" else math.sqrt(num_pixels / IMAGENET_PIXELS))
 
 
-def attack_at_budget(settings: Mapping[str, Any], cfg: DictConfig, threat: Threat) -> Attack:
-    """Build an attack; `eps` None is the usual budget, but for minimum-distance attacks, which then have none."""
-    settings = dict(settings)
-    eps = settings.pop("eps", None)
-    attack = make_attack(**settings, eps=None if eps == USUAL else eps)
+def build_attack(settings: Mapping[str, Any], **offered: Any) -> Attack:
+    """Build the attack that `settings` name, or a user's own, which takes of `offered` what its settings lack."""
+    attack: Attack = build_own(settings, Attack, **offered) if TARGET in settings else make_attack(**settings)
+    return attack
+
+
+def attack_at_budget(settings: Mapping[str, Any], cfg: DictConfig, threat: Threat, **offered: Any) -> Attack:
+    """Build an attack; `eps` None is the usual budget, but for minimum-distance attacks, which then have none.
+
+    offered: as `build_attack` has it; a user's own attack is in the threat model's norm where it names none.
+    """
+    offered = {"norm": threat.norm, **offered}
+    eps = settings.get("eps", offered.pop("eps", None))
+    attack = build_attack({**settings, "eps": None if eps == USUAL else eps}, **offered)
     if eps == USUAL or (eps is None and not attack.nearest):
         num_pixels = cfg.data.in_chans * cfg.data.img_size**2
-        attack = make_attack(**settings, eps=usual_budget(attack.norm, threat, num_pixels))
+        eps = usual_budget(attack.norm, threat, num_pixels)
+        attack = build_attack({**settings, "eps": eps}, **offered)
     return attack

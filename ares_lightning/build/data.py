@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omegaconf import DictConfig
+from torch.utils.data import Dataset
 
 from ares_lightning.build.config import ConfigError, plain, section
 from ares_lightning.build.objective import objective_class
+from ares_lightning.build.own import TARGET, build_own
 from ares_lightning.data import (
     ImageError,
+    OwnSets,
     Preprocessing,
     RobustDataModule,
     ares_preprocessing,
@@ -31,6 +36,7 @@ def build_data(cfg: DictConfig, *, training: bool) -> RobustDataModule:
         try:
             data = RobustDataModule(
                 **settings,
+                own=_own_sets(facts, training),
                 seed=cfg.seed,
                 training=training,
                 preprocessing=preprocessing,
@@ -44,8 +50,29 @@ def build_data(cfg: DictConfig, *, training: bool) -> RobustDataModule:
     return data
 
 
-_DATA_FACTS = ("mean", "std", "threat", "epochs", "subset_after_training", "preprocess")
+_OWN_KEYS = ("train", "test", "augment")
+"""Keys of `data` that a user's own data set has."""
+_DATA_FACTS = ("mean", "std", "threat", "epochs", "subset_after_training", "preprocess", *_OWN_KEYS)
 """Keys of `data` that the model, the threat model, the trainer, the evaluation and the preprocessing take."""
+
+
+def _own_sets(facts: dict[str, Any], training: bool) -> OwnSets | None:
+    """Build the datasets that `data.train` and `data.test` name, None where there are none."""
+    given = {key: facts[key] for key in _OWN_KEYS if key in facts}
+    if not given:
+        return None
+    offered = {} if facts["root"] is None else {"root": facts["root"]}
+    made: dict[str, Any] = {}
+    for split in ("train", "test") if training else ("test",):
+        node = given.get(split)
+        if not isinstance(node, dict) or TARGET not in node:
+            raise ConfigError(
+                f"data.{split}={node}: expected the settings of a dataset, {{{TARGET}: mine.Mine, …}}"
+            )
+        with section(f"data.{split}"):
+            made[split] = build_own(node, Dataset, **offered)
+    return OwnSets(**made, augment=given.get("augment", "none"), num_classes=facts["num_classes"])
+
 
 PREPROCESS = ("model", "ares")
 ARES_IMG_SIZE = 224

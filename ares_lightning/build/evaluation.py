@@ -15,6 +15,7 @@ from ares_lightning.attacks.threat import BALLS
 from ares_lightning.build.budgets import attack_at_budget
 from ares_lightning.build.config import ConfigError, plain, section
 from ares_lightning.build.model import is_random
+from ares_lightning.build.own import TARGET, build_own
 from ares_lightning.build.transfer import build_transfer
 from ares_lightning.data import (
     ImageSet,
@@ -89,7 +90,7 @@ def _built(cfg: DictConfig, data: RobustDataModule, dataset: ImageSet) -> tuple[
     left_out: list[str] = []
     case = _Case(cfg, data, dataset)
     for name, settings in plain(cfg.get("eval")).items():
-        kind = settings.pop("type", None)
+        kind = TARGET if TARGET in settings else settings.pop("type", None)
         if kind not in _EVALUATORS:
             raise ConfigError(f"eval.{name}.type={kind}: expected one of {', '.join(_EVALUATORS)}")
         needed = settings.pop("needed", True)
@@ -121,6 +122,10 @@ def _sets(find: Callable[..., FoundSets]) -> Callable[..., list[Evaluator]]:
         return [SetsEvaluator(name, *found, subset=settings.get("subset", case.cfg.subset))]
 
     return build
+
+
+def _own(case: _Case, name: str, **settings: Any) -> list[Evaluator]:
+    return [build_own(settings, Evaluator, name=name, subset=case.cfg.subset)]
 
 
 def _clean(case: _Case, name: str) -> list[Evaluator]:
@@ -174,4 +179,5 @@ _EVALUATORS: dict[str, Callable[..., Sequence[Evaluator]]] = {
     "sanity": _sanity,
     "ood": _sets(published_sets),
     "corruptions": _sets(corrupted_sets),
+    TARGET: _own,
 }

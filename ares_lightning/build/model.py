@@ -6,9 +6,11 @@ from typing import Any
 
 import timm
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from ares_lightning.attacks.autoattack import RANDOM_DRAWS
 from ares_lightning.build.config import ConfigError, plain, section
+from ares_lightning.build.own import TARGET, build_own
 from ares_lightning.models import (
     Classifier,
     load_timm_weights,
@@ -16,6 +18,7 @@ from ares_lightning.models import (
     make_classifier,
     make_defense,
 )
+from ares_lightning.models.classifier import as_classifier
 from ares_lightning.models.defenses import Defense
 from ares_lightning.models.weights import no_such_weights, timm_name
 from ares_lightning.models.zoo import find_file
@@ -25,21 +28,25 @@ def build_classifier(cfg: DictConfig, num_classes: int) -> Classifier:
     """Build the network of `model`, fitted to the data, with random weights."""
     name, facts, model = cfg.model.name, plain(cfg.data), plain(cfg.model)
     with section("model"):
-        published = timm_name(name, model["weights"])
+        published = _published(model)
         tag = None if published is None else timm.get_pretrained_cfg(published)
         if tag is not None and facts["in_chans"] == len(tag.mean):
             facts |= {"mean": tag.mean, "std": tag.std}
-        return make_classifier(
-            name,
-            in_chans=facts["in_chans"],
-            num_classes=num_classes,
-            img_size=facts["img_size"],
-            mean=model["mean"] or facts["mean"],
-            std=model["std"] or facts["std"],
-            activation=model["activation"],
-            defense=_defense(cfg),
-            **model["settings"],
-        )
+        shape = {"in_chans": facts["in_chans"], "num_classes": num_classes, "img_size": facts["img_size"]}
+        normalisation = {key: model[key] or facts[key] for key in ("mean", "std")}
+        settings, activation, defense = model["settings"], model["activation"], _defense(cfg)
+        if TARGET not in model:
+            return make_classifier(
+                name, **shape, **normalisation, activation=activation, defense=defense, **settings
+            )
+        settings = settings if activation is None else {**settings, "activation": activation}
+        network = build_own({TARGET: model[TARGET], **settings}, nn.Module, **shape)
+        return as_classifier(name, network, **shape, **normalisation, defense=defense, settings=settings)
+
+
+def _published(model: dict[str, Any]) -> str | None:
+    """Return the name of the weights of timm that `model` asks for; None for others, and for a user's own class."""
+    return None if TARGET in model else timm_name(model["name"], model["weights"])
 
 
 def _defense(cfg: DictConfig) -> Defense | None:
@@ -65,7 +72,7 @@ def take_weights(cfg: DictConfig, classifier: Classifier) -> str | None:
             raise ConfigError(f"model.{key}={model[key]}: expected true or false")
         options[key] = model[key]
     with section("model"):
-        published, file = timm_name(model["name"], model["weights"]), None
+        published, file = _published(model), None
         if published is None and model["weights"] is not None:
             file = find_file(str(model["weights"]), model["key"])
             if file is None:

@@ -8,9 +8,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ares_lightning.attacks import Threat, make_attack, parse_budget
+from ares_lightning.attacks import Threat, parse_budget
+from ares_lightning.build.budgets import build_attack
 from ares_lightning.build.config import HOW_TO_LIST_KEYS, ConfigError, plain, section
 from ares_lightning.build.model import build_classifier, take_weights
+from ares_lightning.build.own import TARGET, build_own, own_class
 from ares_lightning.models import (
     Classifier,
     load_network,
@@ -23,7 +25,7 @@ from ares_lightning.training.objectives import OBJECTIVES, AuxiliaryNorms, Inner
 
 def build_objective(cfg: DictConfig, net: Classifier, num_classes: int) -> Objective:
     """Build the training objective of `adv` for a network."""
-    settings = {key: value for key, value in plain(cfg.adv).items() if key not in ("name", "val_steps")}
+    settings = {key: value for key, value in plain(cfg.adv).items() if key not in ("name", "val_steps", TARGET)}
     objective = objective_class(cfg)
     takes = inspect.signature(objective).parameters
     arguments: dict[str, Any] = {key: settings.pop(key) for key in takes if key in settings}
@@ -44,11 +46,17 @@ def build_objective(cfg: DictConfig, net: Classifier, num_classes: int) -> Objec
             arguments["inner"] = _inner_attack(settings, cfg.seed)
         elif settings:
             raise ValueError(f"{next(iter(settings))}: no such key; {HOW_TO_LIST_KEYS}")
-        return objective(**arguments)
+        if TARGET not in cfg.adv:
+            return objective(**arguments)
+        own: Objective = build_own({TARGET: cfg.adv[TARGET], **arguments}, Objective)
+        return own
 
 
 def objective_class(cfg: DictConfig) -> type[Objective]:
-    """Return the class that `adv.name` names."""
+    """Return the class that `adv.name` names, or a user's own."""
+    if TARGET in cfg.adv:
+        with section("adv"):
+            return own_class(cfg.adv[TARGET], Objective)
     if cfg.adv.name not in OBJECTIVES:
         raise ConfigError(f"adv.name={cfg.adv.name}: expected one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[cfg.adv.name]
@@ -57,7 +65,8 @@ def objective_class(cfg: DictConfig) -> type[Objective]:
 def _inner_attack(settings: dict[str, Any], seed: int) -> InnerAttack:
     own = {key: settings.pop(key) for key in ("eps_warmup_epochs", "step_warmup_epochs") if key in settings}
     mode, attack = settings.pop("attack_mode", "eval"), settings.pop("attack")
-    return InnerAttack(attack=make_attack(attack, **settings), seed=seed, mode=mode, **own)
+    named = attack if isinstance(attack, dict) else {"name": attack}
+    return InnerAttack(attack=build_attack({**settings, **named}), seed=seed, mode=mode, **own)
 
 
 def _teacher(cfg: DictConfig, num_classes: int) -> Classifier:
@@ -68,7 +77,8 @@ def _teacher(cfg: DictConfig, num_classes: int) -> Classifier:
     own = cfg.copy()
     if isinstance(teacher, dict):
         fresh: dict[str, Any] = {"settings": {}, "activation": None, "defense": None, "key": teacher.get("name")}
-        own.model = {**plain(cfg.model), **fresh, **teacher}
+        students = {key: value for key, value in plain(cfg.model).items() if key != TARGET}
+        own.model = {**students, **fresh, **teacher}
         net = build_classifier(own, num_classes)
         if take_weights(own, net) is None:
             raise ValueError(f"teacher={teacher}: has no weights; give weights: <file or tag>")

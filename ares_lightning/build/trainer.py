@@ -16,6 +16,7 @@ from ares_lightning.attacks import make_attack
 from ares_lightning.attacks.attack import check_count
 from ares_lightning.build.config import ConfigError, one_line, plain, section
 from ares_lightning.build.evaluation import build_threat
+from ares_lightning.build.own import TARGET, build_own
 from ares_lightning.evaluation.callback import PeriodicEvaluation
 from ares_lightning.training.checkpointing import AtomicCheckpointIO, Checkpoints
 from ares_lightning.training.cost import StepCost
@@ -94,10 +95,11 @@ def _callbacks(
     if checkpoints:
         callbacks += [MetricsFile(run_dir / "metrics.csv"), _checkpoints(cfg, run_dir, stop, periodic)]
     for name, settings in plain(cfg.get("trick")).items():
-        if name not in _TRICKS:
-            raise ConfigError(f"trick.{name}: expected one of {', '.join(_TRICKS)}")
+        is_own = isinstance(settings, dict) and TARGET in settings
+        if not is_own and name not in _TRICKS:
+            raise ConfigError(f"trick.{name}: expected one of {', '.join(_TRICKS)}, or a {TARGET}")
         with section(f"trick.{name}"):
-            callbacks.append(_TRICKS[name](cfg, settings))
+            callbacks.append(build_own(settings, Callback) if is_own else _TRICKS[name](cfg, settings))
     return callbacks
 
 

@@ -12,6 +12,7 @@ from ares_lightning.attacks import Attack, Threat
 from ares_lightning.build.budgets import attack_at_budget
 from ares_lightning.build.config import ConfigError, section
 from ares_lightning.build.model import build_classifier, take_weights
+from ares_lightning.build.own import TARGET
 from ares_lightning.data import ImageSet
 from ares_lightning.evaluation.fingerprints import model_fingerprint
 from ares_lightning.evaluation.sets import NothingFoundError
@@ -80,6 +81,8 @@ def _attack(
     settings: str | Mapping[str, Any], shared: Mapping[str, Any], cfg: DictConfig, threat: Threat
 ) -> Attack:
     own = {"name": settings} if isinstance(settings, str) else dict(settings)
+    if TARGET in own:
+        return attack_at_budget(own, cfg, threat, **shared)
     single_step = own["name"] == "fgsm"
     common = {key: value for key, value in shared.items() if not (single_step and key in ("steps", "step_size"))}
     return attack_at_budget({**common, **own}, cfg, threat)
@@ -164,7 +167,7 @@ def _settings(name: str, model: Any) -> dict[str, Any]:
     own = dict(model)
     of_zoo = find_model(own.pop("zoo")).config() if "zoo" in own else {}
     settings = {"key": name, **_MODEL_SETTINGS, **of_zoo, **own}
-    unknown = settings.keys() - _MODEL_SETTINGS.keys() - {"key", "name"}
+    unknown = settings.keys() - _MODEL_SETTINGS.keys() - {"key", "name", TARGET}
     if unknown or "name" not in settings:
         wrong = f"{min(unknown)}: no such key" if unknown else "name: must be given"
         raise ValueError(f"models.{name}.{wrong}; expected settings as in the group model")

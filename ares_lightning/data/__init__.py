@@ -6,6 +6,7 @@ from ares_lightning.data.images import ImageError, Preprocessing, ares_preproces
 from ares_lightning.data.loading import Batch, ImageLoader, ShardedSampler, collate
 from ares_lightning.data.mixing import BatchAugmentation
 from ares_lightning.data.module import RobustDataModule
+from ares_lightning.data.own import OwnSets
 from ares_lightning.data.published import Wishes, load_image_sets, load_variant
 from ares_lightning.data.subsets import select_subset, subset_hash
 from ares_lightning.data.variants import VARIANTS
@@ -19,6 +20,7 @@ __all__ = [
     "ImageLoader",
     "ImageSet",
     "ImageSets",
+    "OwnSets",
     "Preprocessing",
     "RobustDataModule",
     "ShardedSampler",

@@ -12,6 +12,7 @@ import torch
 from ares_lightning.data.datasets import ImageSet
 from ares_lightning.data.images import Preprocessing
 from ares_lightning.data.loading import Batch, ImageLoader, ShardedSampler
+from ares_lightning.data.own import OwnSets
 from ares_lightning.data.phases import Phases
 from ares_lightning.data.published import OF_ANY_SIZE, Wishes, load_image_sets
 from ares_lightning.data.variants import VARIANTS
@@ -27,7 +28,7 @@ class RobustDataModule(L.LightningDataModule):
     splits, `seed` the training order and the augmentation. `num_classes`, the number of outputs that a network
     needs, is taken from the data. `network` is the data set whose classes a network must know. `repeats` is that
     of repeated augmentation. With `on_error="skip"`, images that cannot be used are left out; `skipped` tells why,
-    by sample name.
+    by sample name. `own` are a user's datasets, of which `name` is then the name.
 
     `resolution` is the side of the training images from an epoch on, as {epoch: pixels}; None is `img_size`
     throughout. `batch_size` may be such a mapping too. Where it `varies`, the loader of the training set is made
@@ -67,6 +68,7 @@ class RobustDataModule(L.LightningDataModule):
         corruption: str | None = None,
         severity: int | None = None,
         on_error: str = "raise",
+        own: OwnSets | None = None,
     ) -> None:
         super().__init__()
         _check_at_least(1, img_size=img_size, eval_batch_size=eval_batch_size)
@@ -76,7 +78,7 @@ class RobustDataModule(L.LightningDataModule):
         if type(repeats) is not int or repeats < 1:
             raise ValueError(f"aug.repeats={repeats}: must be a whole number, 1 or more")
         self.batch_size = Phases("data.batch_size", batch_size)
-        self.resolution = _resolution(name, resolution)
+        self.resolution = _resolution(name, resolution, own)
         if in_chans not in (1, 3):
             raise ValueError(f"data.in_chans={in_chans}: must be 1 (grey) or 3 (RGB)")
         self.wishes = Wishes(
@@ -94,7 +96,7 @@ class RobustDataModule(L.LightningDataModule):
             severity=severity,
             on_error=on_error,
         )
-        self._train_set, self._val_set, self.test_set = load_image_sets(name, root, self.wishes)
+        self._train_set, self._val_set, self.test_set = load_image_sets(name, root, self.wishes, own)
         if training and self._train_set is None:
             raise ValueError(f"data.name={name}: has no training images; evaluate.py takes it")
         self.classes = self.test_set.classes
@@ -195,10 +197,10 @@ class RobustDataModule(L.LightningDataModule):
         )
 
 
-def _resolution(name: str, sides: Mapping[int, int] | None) -> Phases | None:
+def _resolution(name: str, sides: Mapping[int, int] | None, own: OwnSets | None) -> Phases | None:
     if sides is None:
         return None
-    if name not in OF_ANY_SIZE:
+    if not (name in OF_ANY_SIZE if own is None else own.augment == "resized_crop_and_flip"):
         raise ValueError(
             f"aug.resolution={sides}: only training images of {' and '.join(OF_ANY_SIZE)} can have another size "
             f"than their own, those of {name} cannot; set null"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -25,6 +28,7 @@ from ares_lightning.data.images import (
     unchanged,
 )
 from ares_lightning.data.keyed import stratified_split
+from ares_lightning.data.own import AUGMENTS, OwnSets
 from ares_lightning.data.sources import (
     ArraySource,
     Labels,
@@ -98,12 +102,14 @@ class Wishes:
         return Augmentation(crop, self.img_size, self.randaugment, self.color_jitter, self.mean)
 
 
-def load_image_sets(name: str, root: str | Path | None, wishes: Wishes) -> ImageSets:
+def load_image_sets(name: str, root: str | Path | None, wishes: Wishes, own: OwnSets | None = None) -> ImageSets:
     """Find the images of a data set and split them.
 
-    name: `digits`, a key of WANTED. root: its folder, None for digits.
+    name: `digits`, a key of WANTED, or any for a user's `own` sets. root: its folder, None for digits.
     Raises ValueError naming the key, its value and the remedy.
     """
+    if own is not None:
+        return _own_sets(name, own, wishes)
     if name != "digits" and name not in WANTED:
         raise ValueError(f"data.name={name}: is not a known data set; known: digits, {', '.join(WANTED)}")
     if wishes.corruption is not None and not (name in VARIANTS and VARIANTS[name].corruptions):
@@ -131,6 +137,22 @@ def load_image_sets(name: str, root: str | Path | None, wishes: Wishes) -> Image
         test = imagenet.read_imagenet(folder, "val")
         train = imagenet.read_imagenet(folder, "train") if wishes.training else None
     return _all(wishes, train, test, prepare, resized_crop_and_flip)
+
+
+def _own_sets(name: str, own: OwnSets, wishes: Wishes) -> ImageSets:
+    if wishes.corruption is not None:
+        raise ValueError(f"data.corruption={wishes.corruption}: {name} has none; eval=corruptions makes them")
+    prepare = wishes.preprocessing
+    train, test = own.sources(name, wishes.img_size if prepare is None else None)
+    crop = AUGMENTS[own.augment]
+    if prepare is not None and crop is not resized_crop_and_flip:
+        crop = partial(_prepared, prepare, crop)
+    return _all(wishes, train, test, prepare, crop)
+
+
+def _prepared(prepare: Preprocessing, crop: Crop, image: Image.Image, rng: random.Random, side: int) -> Image.Image:
+    """Augment an image once it is as it would be evaluated."""
+    return crop(prepare(image), rng, side)
 
 
 def load_variant(variant: Variant, folder: Path, wishes: Wishes) -> ImageSet:

@@ -45,11 +45,6 @@ class Curve(Evaluator):
     attack: Attack = field(repr=False)
     eps: tuple[float, ...]
 
-    @property
-    def attack_fingerprint(self) -> str:
-        """The fingerprint of the attack, whose own budget is part of it though others are tried."""
-        return self.attack.fingerprint
-
     def __post_init__(self) -> None:
         if not self.eps or list(self.eps) != sorted(set(self.eps)):
             raise ValueError(f"eps={list(self.eps)}: expected a rising list of budgets")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ares_lightning.attacks import Attack, Outcome
+from ares_lightning.attacks.authorship import foreign_code
 from ares_lightning.attacks.autoattack import AutoAttack
 from ares_lightning.attacks.guard import Model, full_precision, guarded
 from ares_lightning.attacks.noise import sample_noise
@@ -67,7 +68,11 @@ class Stage(ABC):
 
 @dataclass(frozen=True)
 class Evaluator(Stage):
-    """A named question; `name` stands in every row that it yields."""
+    """A named question; `name` stands in every row that it yields.
+
+    A subclass is a frozen dataclass whose fields are its settings, with its attack, if it has one, as `attack`; it
+    writes `verdicts`.
+    """
 
     name: str
     subset: str | None = field(default=None, kw_only=True, repr=False)
@@ -80,8 +85,8 @@ class Evaluator(Stage):
 
     def fingerprint(self, seed: int, precision: str) -> str:
         """Return a hash of everything that decides this evaluator's verdicts on a given model and sample."""
-        parts = f"{self._identity()} {self.attack_fingerprint} {seed} {precision}"
-        return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
+        parts = [self._identity(), str(self.attack_fingerprint), str(seed), precision, *foreign_code(type(self))]
+        return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
 
     def _identity(self) -> str:
         """Return what, besides the attack, tells the evaluator from others."""
@@ -89,8 +94,9 @@ class Evaluator(Stage):
 
     @property
     def attack_fingerprint(self) -> str | None:
-        """The fingerprint of the attack that is run, None where there is none."""
-        return None
+        """The fingerprint of the attack that is run, the one called `attack`, None where there is none."""
+        attack: Attack | None = getattr(self, "attack", None)
+        return None if attack is None else attack.fingerprint
 
     @property
     def own_sets(self) -> tuple[ImageSet, ...]:
@@ -217,11 +223,6 @@ class AttackEvaluator(Evaluator):
             raise ValueError(f"targets=null: {name} knows a targeted form only; expected {known} or a CSV file")
         if self.targets is not None and not self.attack.targeted:
             raise ValueError(f"targets={self.targets}: {self.attack.name} knows no targeted form; expected null")
-
-    @property
-    def attack_fingerprint(self) -> str:
-        """The fingerprint of the attack."""
-        return self.attack.fingerprint
 
     @property
     def key(self) -> tuple[str, float]:

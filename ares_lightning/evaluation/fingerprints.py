@@ -10,13 +10,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from ares_lightning.attacks.authorship import foreign_code
 from ares_lightning.data import ImageError, ImageSet, subset_hash
 from ares_lightning.data.datasets import Unreadable
 
 
 def model_fingerprint(net: nn.Module) -> str:
-    """Return a hash of a network's weights and structure, the same on every device."""
+    """Return a hash of a network's weights, structure and, of a user's own classes, code, on whatever device."""
     digest = hashlib.blake2b(repr(net).encode(), digest_size=8)
+    for code in foreign_code(*dict.fromkeys(map(type, net.modules()))):
+        digest.update(code.encode())
     for name, value in net.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -155,13 +155,33 @@ def make_classifier(
     Raises ValueError for an unknown name, naming the nearest known ones, for settings it does not take, and for
     images that it cannot take.
     """
-    if not len(mean) == len(std) == in_chans:
-        raise ValueError(f"mean={list(mean)}, std={list(std)}: expected {in_chans} values each, one a channel")
     if activation is not None:
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation}: expected null or one of {', '.join(ACTIVATIONS)}")
         settings[_word_for_activation(name)] = activation
     backbone, settings = _backbone(name, in_chans, num_classes, img_size, settings)
+    shape = (in_chans, num_classes, img_size)
+    return as_classifier(name, backbone, *shape, mean=mean, std=std, defense=defense, settings=settings)
+
+
+def as_classifier(
+    name: str,
+    backbone: nn.Module,
+    in_chans: int,
+    num_classes: int,
+    img_size: int,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    defense: nn.Module | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Classifier:
+    """Return a network with its normalisation before it, once it has classified two images.
+
+    Raises ValueError for a normalisation of other channels, for images that it cannot take, and for other outputs.
+    """
+    if not len(mean) == len(std) == in_chans:
+        raise ValueError(f"mean={list(mean)}, std={list(std)}: expected {in_chans} values each, one a channel")
     classifier = Classifier(backbone, mean, std, defense, settings).to(memory_format=torch.channels_last)
     _check_forward(name, classifier, torch.zeros(2, in_chans, img_size, img_size), num_classes)
     return classifier

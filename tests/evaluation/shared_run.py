@@ -23,6 +23,8 @@ EPS = 0.1
 class ShortAutoAttack(AutoAttack):
     """The members of AutoAttack with a fraction of their steps, targets and queries."""
 
+    name = "autoattack"
+
     @property
     def members(self) -> tuple[Attack, ...]:
         ce, t, fab, square = super().members

@@ -1,0 +1,31 @@
+"""What tells a class of another author from one of the same name: where it stands, and what is written there."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from functools import cache
+from pathlib import Path
+
+PUBLISHED = ("ares_lightning", "torch", "torchvision", "timm", "abc", "builtins", "typing")
+"""Packages whose classes change with a release alone, which a run folder tells anyway."""
+
+
+@cache
+def foreign_code(*classes: type) -> tuple[str, ...]:
+    """Return, for each class that `classes` come from and that is in none of PUBLISHED, its name and a file hash.
+
+    The whole file counts, for a class may call anything in it; of a class that was typed in, the name alone.
+    """
+    line = dict.fromkeys(ancestor for each in classes for ancestor in each.__mro__)
+    return tuple(
+        f"{each.__module__}.{each.__qualname__} {_file_hash(each.__module__)}"
+        for each in line
+        if each.__module__.partition(".")[0] not in PUBLISHED
+    )
+
+
+def _file_hash(module: str) -> str:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    content = Path(file).read_bytes() if file and Path(file).is_file() else b""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

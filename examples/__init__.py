@@ -1,0 +1,1 @@
+"""What a user writes themselves, one file each; docs/extending.md tells the contracts."""
