@@ -53,13 +53,13 @@ def steps(page: str) -> Iterator[Step]:
             yield Step(int(number), title, tuple(filter(None, commands)))
 
 
-def write_photos(folder: Path) -> None:
-    """Write scikit-learn's digits as PNG files, every fifth of them for testing."""
+def write_photos(folder: Path, every: int = 1) -> None:
+    """Write scikit-learn's digits as PNG files, each or every so many of them, a fifth for testing."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+    for i, (pixels, label) in enumerate(zip(digits.images[::every], digits.target[::every], strict=True)):
         place = folder / ("train" if i % 5 else "val") / f"digit-{label}" / f"{i:04d}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         grey = Image.fromarray((pixels * 15.9).astype("uint8"))
@@ -120,7 +120,9 @@ def facts(clone: Path) -> dict[str, object]:
         "'revision': p.revision()}))"
     )
     python = clone.resolve() / ".venv" / "bin" / "python"
-    told = subprocess.run([python, "-c", words], cwd=clone / "benchmarks", check=True, capture_output=True, text=True)
+    told = subprocess.run(
+        [python, "-c", words], cwd=clone / "benchmarks", check=True, capture_output=True, text=True
+    )
     found: dict[str, object] = json.loads(told.stdout)
     hardware = {"device": found.pop("device"), "threads": found.pop("threads"), "host": platform.platform()}
     return {**found, "hardware": hardware, "python": platform.python_version()}
