@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test proof clean
+.PHONY: install demo test proof clean
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -14,6 +14,8 @@ BIN := .venv/bin
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+install: .venv/installed
 
 # Train a classifier on digits with and without adversarial training, evaluate both, put both into one report.
 demo: .venv/installed

@@ -318,13 +318,3 @@ def test_devices_that_cannot_be_are_refused_in_one_line(override, message, tmp_p
     with pytest.raises(build.ConfigError, match=message) as error:
         build.build_trainer(cfg, tmp_path)
     assert "\n" not in str(error.value)
-
-
-PAGE = (ROOT / "docs" / "cluster.md").read_text()
-
-
-@pytest.mark.parametrize("command", re.findall(r"train\.py((?: [^\s#`\\]+)+)", PAGE))
-def test_the_commands_of_the_page_compose(command):
-    overrides = [part for part in command.split() if part != "-m" and not part.startswith("hydra")]
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        assert compose("train", [override.replace("…", "run").partition(",")[0] for override in overrides])

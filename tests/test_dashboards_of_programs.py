@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -205,19 +204,6 @@ def test_a_run_of_the_sweep_is_the_agents(tmp_path):
     assert log.config["adv"]["eps"] == log.config["adv.eps"] == 0.05
     assert log.summary["val/robust_acc"]["max"] >= 0
     assert log.artifacts == []
-
-
-def page_commands() -> list[str]:
-    return [line.partition("  #")[0].strip() for line in PAGE.splitlines() if line.startswith("python ")]
-
-
-@pytest.mark.parametrize("command", page_commands())
-def test_the_commands_of_the_page_compose(command):
-    _, program, *overrides = shlex.split(command)
-    given = [override.replace("<run>", "run") for override in overrides]
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = compose(program.removesuffix(".py"), given)
-    build.check_keys(cfg)
 
 
 def test_the_page_names_what_is_logged(log):

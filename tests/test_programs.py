@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import timm
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -388,6 +386,14 @@ def test_a_mistake_gets_one_line_and_writes_nothing(arguments, message, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("setting", ["debug=fdr", "model=vit_b"])
+def test_the_short_trainings_run(setting, tmp_path):
+    short = ["+model.settings.depth=1", *QUICK] if setting == "model=vit_b" else ["eval=[clean]", "subset=first:6"]
+    done = here("train.py", setting, *short, "callbacks.progress=false", f"run_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").exists()
+
+
 def test_a_config_file_that_is_no_yaml_is_named_with_the_line(tmp_path):
     folder = tmp_path / "conf" / "optim"
     folder.mkdir(parents=True)
@@ -407,67 +413,3 @@ def test_a_checkpoint_of_another_architecture_is_refused(trained, change, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def readme_commands() -> list[str]:
-    """The command lines of the README's `sh` blocks that start one of the programs."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = itertools.chain.from_iterable(block.splitlines() for block in blocks)
-    return [line.partition(" #")[0].strip() for line in lines if line.startswith("python ")]
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_the_readmes_commands_run(command, trained, tmp_path):
-    """Shortened, on the digits or on the test's own runs, but otherwise as they stand."""
-    program, *arguments = command.split()[1:]
-    in_this_process = program.endswith(".py") and not re.search("trainer=ddp|logger=wandb", command)
-    call = here if in_this_process else run
-    arguments = [str(trained) if argument.startswith("runs/") else argument for argument in arguments]
-    arguments = [f"ckpt={trained}" if argument.startswith("ckpt=") else argument for argument in arguments]
-    if "experiment=" in command:
-        write_imagenet(tmp_path / "imagenet")
-        arguments = [a for a in arguments if not a.startswith(("data.root=", "trainer"))]
-        small = [
-            "model.name=resnet10t",
-            "data.img_size=64",
-            "data.num_val=4",
-            "data.num_workers=0",
-            *QUICK,
-            "eval=[clean]",
-        ]
-        places = [f"data.root={tmp_path / 'imagenet'}", f"run_dir={tmp_path / 'run'}"]
-        done = call(program, *arguments, *places, *small)
-        assert (tmp_path / "run" / "report.html").exists(), done.stderr
-    elif "imagenet" in command:
-        write_imagenet(tmp_path / "imagenet")
-        (tmp_path / "ood").mkdir()
-        shutil.copytree(tmp_path / "imagenet" / "val", tmp_path / "ood" / "imagenet-sketch")
-        torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
-        ours = {
-            "/data/imagenet/val": str(tmp_path / "imagenet" / "val"),
-            "data=imagenet": f"data.root={tmp_path / 'imagenet'}",
-            "eval.ood.root=/data/ood": f"eval.ood.root={tmp_path / 'ood'}",
-            "model=zoo/resnet50_normal": "model=timm",
-        }
-        arguments = [ours.get(argument, argument) for argument in arguments]
-        network = ["model.name=resnet10t", f"model.weights={tmp_path / 'weights.pth'}", "data.num_workers=0"]
-        more = [] if program == "-m" else ["data=imagenet", *network, f"run_dir={tmp_path / 'run'}"]
-        done = call(program, *arguments, *more)
-        assert "6 images, 0 cannot be used" in done.stdout or "ood/imagenet_sketch: clean accuracy" in done.stdout
-    elif program == "-m":
-        output = tmp_path / "report.html"
-        done = run("-m", *arguments, *([] if arguments == ["ares_lightning.models"] else ["--output", output]))
-        assert output.exists() or "55 of 55 models" in done.stdout
-    else:
-        arguments = [
-            a for a in arguments if not a.startswith(("data", "subset=", "trainer.max_epochs", "trainer.limit"))
-        ]
-        short = QUICK if program == "train.py" else ["subset=first:6"]
-        short = [*short, "+model.settings.depth=1"] if "model=vit_b" in arguments else short
-        done = call(program, *arguments, *short, f"run_dir={tmp_path / 'run'}")
-        assert (tmp_path / "run" / "report.html").exists() or "plan=true" in arguments, done.stderr
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_readmes_python_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    done = run("-c", code)
-    assert done.returncode == 0, done.stderr

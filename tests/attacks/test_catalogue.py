@@ -34,12 +34,6 @@ def test_the_page_shows_the_catalogue_as_it_is():
     )
 
 
-def test_the_pages_python_runs():
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL))
-    assert code
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=PAGE.parents[1], capture_output=True)
-
-
 @pytest.mark.filterwarnings("ignore:sgm found no skip connection")
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "autoattack"])
 def test_a_survivor_costs_what_the_catalogue_says(name, images):
