@@ -50,7 +50,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @property
     def flops(self) -> int:
         """Those of all operations."""
-        return sum(int(operation.flops) for operation in self.operations)
+        return sum(operation.flops for operation in self.operations)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -65,8 +65,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        before = {tensor.untyped_storage()._cdata for tensor in given}
         for tensor in made:
-            self._hold(tensor)
+            if tensor.untyped_storage()._cdata not in before:  # else it is a view, or written in place
+                self._hold(tensor)
         if not (func.is_view or func._overloadpacket in _UNREAD):
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
             is_convolution = func._overloadpacket in (_aten.convolution, _aten.convolution_backward)
@@ -97,7 +99,8 @@ def count_flops(work: Callable[[], object]) -> int:
     """
     with Trace() as trace:
         work()
-    return trace.flops
+    flops: int = trace.flops
+    return flops
 
 
 class AsOnCUDA(TorchFunctionMode):
@@ -137,7 +140,7 @@ class AsOnCUDA(TorchFunctionMode):
 
 
 def without_memory(held: Any, modules: Iterable[nn.Module]) -> Any:
-    """Return a copy of `held` with the parameters and buffers of these modules on the meta device, without values."""
+    """Return a copy of `held` whose modules have parameters and buffers on the meta device, without values."""
     twins: dict[int, Any] = {}
     for module in modules:
         twins |= {
@@ -149,7 +152,7 @@ def without_memory(held: Any, modules: Iterable[nn.Module]) -> Any:
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of tensors, each counted once."""
-    return sum(map(_size, {id(tensor): tensor for tensor in tensors}.values()))
+    return sum(_size(tensor) for tensor in {id(each): each for each in tensors}.values())
 
 
 def _size(tensor: Tensor) -> int:

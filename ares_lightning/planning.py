@@ -30,6 +30,11 @@ def training_plan(
     """
     if cost is None:
         raise ConfigError(f"plan={cfg.plan}: the network or the objective looks at values; it cannot be followed")
+    if cfg.trainer.activation_checkpointing:
+        raise ConfigError(
+            f"trainer.activation_checkpointing=true: plan={cfg.plan} cannot follow what is computed again; set it "
+            "to false for the plan, which then tells more memory and less time"
+        )
     on, world_size = planned_devices(cfg)
     trainer, precision, tricks = cfg.trainer, planned_precision(cfg), cfg.get("trick") or {}
     try:
