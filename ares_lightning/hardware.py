@@ -15,8 +15,8 @@ hardware` (docs/scaling.md)."""
 
 @dataclass(frozen=True)
 class Hardware:
-    """An accelerator: FLOP/s of dense matrix products by precision; bytes of memory, of which what a data sheet calls
-    a GB has 2**30; bytes/s of that memory, and one way of the link to the others of its node."""
+    """An accelerator: dense FLOP/s by precision, bytes of memory, bytes/s of that memory and, one way, of the link
+    to the others of its node. A GB of memory on a data sheet is 2**30 bytes."""
 
     name: str
     bf16: float

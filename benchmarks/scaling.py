@@ -69,8 +69,8 @@ FITTED = {
 STEPS = (("plain", "float32"), ("ours", "float32"), ("ours", "bf16"))
 """The eager steps of benchmarks/training.py that are this project's."""
 
-TRAININGS = (("cnn", 64, 60), ("resnet18", 32, 10), ("vit_ti", 16, 10))
-"""Networks on the digits, images and number of the steps."""
+TRAININGS = {"cnn": (64, 60), "resnet18": (32, 10), "vit_ti": (16, 10)}
+"""Networks on the digits, with the images and the number of the steps."""
 
 SUITES = ("quick", "autoattack", "curve", "blackbox", "unseen", "frequency", "corruptions", "sanity", "ares_bench")
 
@@ -169,7 +169,8 @@ class _Clock(Callback):
 def steps(options: argparse.Namespace) -> dict[str, Any]:
     """Predict and make the same steps, in turns."""
     rows = []
-    for network, batch_size, number in TRAININGS:
+    for network in options.networks:
+        batch_size, number = TRAININGS[network]
         predicted, measured = [], []
         for _ in range(options.rounds):
             predicted.append(_predicted_step(network, batch_size))
@@ -295,7 +296,7 @@ def read_ledger(path: Path, evaluator: str) -> pd.DataFrame:
     if path.suffix == ".csv":
         return pd.read_csv(path)
     rows = pd.read_parquet(path)
-    rows = rows[rows["evaluator"] == evaluator]
+    rows = rows[rows["evaluator"] == evaluator].drop_duplicates(["sample_id", "attack"])
     asked = rows.groupby("attack")["sample_id"].transform("size")  # fewer with each member
     rows = rows.assign(asked=asked).sort_values(["asked", "attack", "sample_id"], ascending=[False, True, True])
     return rows[["sample_id", "attack", "forwards", "backwards", "broken"]]
@@ -424,6 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--measured", type=Path, default=RESULTS / "training-cuda.json", help="of benchmarks/training.py"
     )
+    parser.add_argument("--networks", nargs="+", choices=TRAININGS, default=list(TRAININGS), help="of steps")
     parser.add_argument("--rounds", type=int, default=5, help="of steps")
     parser.add_argument("--suites", nargs="+", default=SUITES, metavar="NAME")
     parser.add_argument(
