@@ -379,6 +379,13 @@ def table_of_processes(report: dict[str, Any]) -> str:
             )
             cells.append(" / ".join(f"{row['efficiency'][name]:.0%}" for name in ("anew", "static")))
         lines.append(f"| {count:,} | {' | '.join(cells)} |")
+    chain = dict(zip(report["stages"], report["longest_chain"], strict=True))
+    told = ", ".join(f"{name} {passes:,}" for name, passes in chain.items())
+    lines.append("")
+    lines.append(
+        f"Ledger: {report['samples_of_ledger']:,} images, of which {report['robust']:.1%} withstand all of it."
+    )
+    lines.append(f"Longest chain of passes of one image: {sum(chain.values()):,} ({told}).")
     return "\n".join(lines)
 
 
