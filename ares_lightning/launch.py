@@ -40,6 +40,7 @@ from ares_lightning.build import (
     check_keys,
     check_resumed,
     end_loggers,
+    planned_devices,
     prepare_logger,
     rehearse,
     start_loggers,
@@ -54,6 +55,7 @@ from ares_lightning.evaluation.workers import Workers
 from ares_lightning.models import ZOO, CheckpointError, Classifier, load_network, read_checkpoint
 from ares_lightning.models.checkpoints import find_checkpoint
 from ares_lightning.models.weights import trained_weights
+from ares_lightning.planning import training_plan
 from ares_lightning.run_folder import (
     find_start,
     inherited,
@@ -121,6 +123,10 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         evaluation = build_evaluation(cfg, data)
         taken = None if start.path else take_weights(cfg, net)
         cost = rehearse(module, data)
+        if cfg.plan:
+            if is_main_process():
+                print(training_plan(cfg, module, data, evaluation, cost))
+            return {}
         run_dir = start.run_dir or new_run_dir(cfg)
         if start.path is not None and start.checkpoint is not None:
             load_network(net, trained_weights(start.checkpoint, start.path, "raw"), start.path)
@@ -212,7 +218,6 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
         check_keys(cfg)
         average_over_draws(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
-        fabric = build_fabric(cfg)
         data = build_data(cfg, training=False)
         net = build_classifier(cfg, data.num_classes)
         evaluation = build_evaluation(cfg, data)
@@ -226,8 +231,9 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
             load_network(net, trained_weights(checkpoint, path, cfg.weights), path)
         if cfg.plan:
             if is_main_process():
-                print(plan(evaluation, net, fabric.device, fabric.world_size).text)
+                print(plan(evaluation, net, *planned_devices(cfg)).text)
             return {}
+        fabric = build_fabric(cfg)
         run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / str(cfg.name) / evaluation.fingerprint(net))
         if is_main_process():
             _check_evaluation_folder(evaluation, net, run_dir)

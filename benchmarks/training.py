@@ -39,9 +39,9 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from ares_lightning.attacks import make_attack
+from ares_lightning.counting import count_flops
 from ares_lightning.models import Classifier, make_classifier
 from ares_lightning.training.attention import split_attention
-from ares_lightning.training.cost import count_flops
 from ares_lightning.training.objectives import AdversarialTraining, InnerAttack, Objective, StandardTraining
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

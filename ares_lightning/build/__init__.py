@@ -2,7 +2,7 @@
 
 from ares_lightning.build.config import ConfigError, check_keys
 from ares_lightning.build.data import build_data
-from ares_lightning.build.devices import build_fabric
+from ares_lightning.build.devices import build_fabric, planned_devices, planned_precision
 from ares_lightning.build.evaluation import build_evaluation, build_evaluators, build_threat
 from ares_lightning.build.loggers import end_loggers, prepare_logger, start_loggers
 from ares_lightning.build.model import average_over_draws, build_classifier, take_weights
@@ -27,6 +27,8 @@ __all__ = [
     "check_keys",
     "check_resumed",
     "end_loggers",
+    "planned_devices",
+    "planned_precision",
     "prepare_logger",
     "rehearse",
     "start_loggers",

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from ares_lightning.data import (
     ImageError,
 )
+from ares_lightning.hardware import HARDWARE
 from ares_lightning.models.weights import WHICH
 
 
@@ -66,8 +67,8 @@ def check_keys(cfg: DictConfig) -> None:
         raise ConfigError(f"seed={cfg.seed}: expected a whole number from 0 to 4294967295")
     if type(cfg.compile) is not bool:
         raise ConfigError(f"compile={cfg.compile}: expected true or false")
-    if type(cfg.get("plan", False)) is not bool:
-        raise ConfigError(f"plan={cfg.plan}: expected true or false")
+    if type(cfg.plan) is not bool and cfg.plan not in HARDWARE:
+        raise ConfigError(f"plan={cfg.plan}: expected true, false or one of {', '.join(HARDWARE)}")
     if cfg.weights not in (None, *WHICH):
         raise ConfigError(f"weights={cfg.weights}: expected null or one of {', '.join(WHICH)}")
 

@@ -135,19 +135,23 @@ class RobustDataModule(L.LightningDataModule):
         """Return the training images of one rank in a batch of this epoch, without views."""
         return self.batch_size.at(epoch)
 
-    def steps_per_epoch(self, epoch: int) -> int:
-        """Return how many batches the training loader gives each rank in this epoch, replays counted."""
-        return len(self._train_loader(epoch))
+    def steps_per_epoch(self, epoch: int, world_size: int | None = None) -> int:
+        """Return how many batches the training loader gives each rank in this epoch, replays counted.
+
+        world_size: of ranks that are to be, by default those of the Trainer.
+        """
+        return len(self._train_loader(epoch, world_size))
 
     def train_dataloader(self) -> ImageLoader:
         """Load this rank's share of the training set, augmented, in an order that changes with the epoch."""
         return self._train_loader(self.trainer.current_epoch if self.trainer else 0)
 
-    def _train_loader(self, epoch: int) -> ImageLoader:
+    def _train_loader(self, epoch: int, world_size: int | None = None) -> ImageLoader:
         batch_size = self.batch_size_at(epoch)
         sampler = self._sampler(
             self.train_set,
             shuffle=True,
+            world_size=world_size,
             batch_size=batch_size,
             repeats=self.repeats,
             num_views=self.num_views,
@@ -178,10 +182,12 @@ class RobustDataModule(L.LightningDataModule):
         images, labels, sample_ids = batch
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True), sample_ids
 
-    def _sampler(self, dataset: ImageSet, *, shuffle: bool, **settings: Any) -> ShardedSampler:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _sampler(
+        self, dataset: ImageSet, *, shuffle: bool, world_size: int | None = None, **settings: Any
+    ) -> ShardedSampler:
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return ShardedSampler(
-            len(dataset), shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size, **settings
+            len(dataset), shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size or ranks, **settings
         )
 
     def _loader(

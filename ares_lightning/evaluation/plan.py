@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from ares_lightning.attacks.guard import guarded
 from ares_lightning.attacks.passes import FORWARD_ROWS, Passes
+from ares_lightning.counting import AsOnCUDA, Trace, num_bytes, without_memory
 from ares_lightning.evaluation.asking import PRECISIONS
 from ares_lightning.evaluation.curves import BisectedCurve
 from ares_lightning.evaluation.evaluators import Evaluator, Stage
 from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.evaluation.transfer import OtherModel, TransferEvaluator
+from ares_lightning.hardware import REACHED, Hardware
 from ares_lightning.models.folding import fold_batchnorm
 
 SURVIVING = 0.5
@@ -55,14 +57,19 @@ class Plan:
     memory: int | None
 
     @property
+    def seconds(self) -> tuple[float, float]:
+        """Of all evaluators: expected, and at most."""
+        return sum(row.seconds for row in self.rows), sum(row.most_seconds for row in self.rows)
+
+    @property
     def text(self) -> str:
         """The plan as a table, with its total and what was assumed."""
         lines = [("evaluator", "set", "samples", "forwards", "backwards", "expected", "at most")]
         for row in self.rows:
             counts = (f"{row.samples:,}", f"{row.forwards:,}", f"{row.backwards:,}")
-            lines.append((row.evaluator, row.sets, *counts, _duration(row.seconds), _duration(row.most_seconds)))
-        total, most = (sum(getattr(row, name) for row in self.rows) for name in ("seconds", "most_seconds"))
-        lines.append(("total", "", "", "", "", _duration(total), _duration(most)))
+            lines.append((row.evaluator, row.sets, *counts, duration(row.seconds), duration(row.most_seconds)))
+        expected, most = self.seconds
+        lines.append(("total", "", "", "", "", duration(expected), duration(most)))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = [
             "  ".join(cell.ljust(width) if k < 2 else cell.rjust(width) for k, (cell, width) in enumerate(cells))
@@ -80,8 +87,10 @@ class Plan:
         )
 
 
-def plan(evaluation: Evaluation, net: nn.Module, device: torch.device, world_size: int = 1) -> Plan:
+def plan(evaluation: Evaluation, net: nn.Module, on: torch.device | Hardware, world_size: int = 1) -> Plan:
     """Return what an evaluation of `net` costs on so many devices of this kind; nothing is written.
+
+    on: a device at hand, on which passes are timed, or hardware, for which their operations are counted.
 
     The passes are counted by putting one sample to every stage with a network that nothing breaks; their time is
     that of passes of `net` on full batches, the attacks' own arithmetic and the loading of images left out. Models
@@ -90,13 +99,24 @@ def plan(evaluation: Evaluation, net: nn.Module, device: torch.device, world_siz
     Raises ValueError as the evaluation would.
     """
     evaluation.check()
-    seconds, memory = _pass_seconds(evaluation, net, device)
+    seconds: _Seconds
+    memory: int | None
+    if isinstance(on, Hardware):
+        seconds, memory = _counted(evaluation, net, on)
+    else:
+        seconds, memory = _timed(evaluation, net, on)
     groups: dict[str, list[Evaluator]] = {}
     for evaluator in evaluation.asked_of("").evaluators:
         groups.setdefault(evaluator.name, []).append(evaluator)
     rows = [_planned(evaluation, name, group, seconds, world_size) for name, group in groups.items()]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Plan(tuple(rows), name, world_size, memory)
+    return Plan(tuple(rows), device_name(on), world_size, memory)
+
+
+def device_name(on: torch.device | Hardware) -> str:
+    """Return what a device is called."""
+    if isinstance(on, Hardware):
+        return on.name
+    return torch.cuda.get_device_name(on) if on.type == "cuda" else on.type
 
 
 def _planned(
@@ -173,7 +193,28 @@ class _Seconds:
         return backwards * self.both + max(forwards - backwards, 0) * self.forward
 
 
-def _pass_seconds(evaluation: Evaluation, net: nn.Module, device: torch.device) -> tuple[_Seconds, int | None]:
+def _counted(evaluation: Evaluation, net: nn.Module, hardware: Hardware) -> tuple[_Seconds, int]:
+    """Count the operations of the passes that searches make of full batches, and the memory they take."""
+    size, (channels, height, width) = evaluation.batch_size, evaluation.dataset.example().shape
+    search_on = fold_batchnorm(net.eval(), (channels, height, width)).network
+    twin = without_memory(search_on, [search_on]).requires_grad_(False)
+    shape = (FORWARD_ROWS * size, channels, height, width)
+    images = torch.empty(shape, device="meta", memory_format=torch.channels_last)
+    points = torch.empty_like(images[:size]).requires_grad_()
+
+    def counted(work: Callable[[], object], rows: int) -> tuple[float, int]:
+        with Trace() as trace, AsOnCUDA(evaluation.precision == "bf16"):
+            work()
+        return hardware.seconds(trace.operations, **REACHED) / rows, trace.peak
+
+    with torch.no_grad():
+        alone, most_alone = counted(lambda: twin(images), len(images))
+    both = counted(lambda: torch.autograd.grad(twin(points).float().sum(), points), size)
+    weights = num_bytes([*twin.parameters(), *twin.buffers()])
+    return _Seconds(alone, both[0]), weights + num_bytes([images]) + max(most_alone, both[1])
+
+
+def _timed(evaluation: Evaluation, net: nn.Module, device: torch.device) -> tuple[_Seconds, int | None]:
     """Time the passes that searches make of full batches; return besides the accelerator's memory they take."""
     dtype, size = PRECISIONS[evaluation.precision], evaluation.batch_size
     example = evaluation.dataset.example()
@@ -217,7 +258,7 @@ def _median_seconds(work: Callable[[], None], device: torch.device) -> float:
     return statistics.median(seconds[1:])
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return a duration in the two units that tell most of it."""
     whole = round(seconds)
     if whole < 60:

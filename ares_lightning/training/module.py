@@ -145,7 +145,8 @@ class RobustTraining(L.LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if getattr(data, "varies", False):
             accumulated = self.trainer.accumulate_grad_batches
-            batches = [_limited(data.steps_per_epoch(epoch), self.trainer) for epoch in range(epochs)]
+            limit = self.trainer.limit_train_batches
+            batches = [limited(data.steps_per_epoch(epoch), limit) for epoch in range(epochs)]
             return [-(-number // accumulated) for number in batches]
         return [int(self.trainer.estimated_stepping_batches) / epochs] * epochs
 
@@ -189,9 +190,8 @@ class RobustTraining(L.LightningModule):
         self.objective.load_state_dict({name: value.chunk(ranks)[rank] for name, value in state.items()})
 
 
-def _limited(batches: int, trainer: L.Trainer) -> int:
-    """Return how many of an epoch's batches the Trainer takes."""
-    limit = trainer.limit_train_batches
+def limited(batches: int, limit: int | float | None) -> int:
+    """Return how many of an epoch's batches the Trainer takes, given its limit_train_batches."""
     return min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
 
 

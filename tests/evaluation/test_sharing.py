@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -60,6 +61,22 @@ def test_verdicts_do_not_depend_on_batch_size_and_processes(weights, tmp_path, p
         assert (tmp_path / name / "summary.json").read_text() == (tmp_path / "whole" / "summary.json").read_text()
         ranks = {path.name[:9] for path in (tmp_path / name / "verdicts").iterdir()}
         assert ranks == {f"part-{rank:04d}" for rank in range(processes)}
+        check_shares(tmp_path / name, processes)
+
+
+def check_shares(run_dir: Path, processes: int) -> None:
+    """Survivors are dealt out anew for each member, one after the other, as benchmarks/scaling.py simulates it."""
+    of_rank = [
+        pd.concat(map(pd.read_parquet, (run_dir / "verdicts").glob(f"part-{rank:04d}-*"))).query(
+            "evaluator == 'autoattack'"
+        )
+        for rank in range(processes)
+    ]
+    for attack in ("apgd_ce", "apgd_t", "fab_t", "square"):
+        shares = [sorted(rows.loc[rows["attack"] == attack, "sample_id"]) for rows in of_rank]
+        left = sorted(itertools.chain(*shares))
+        assert left
+        assert shares == [left[rank::processes] for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")

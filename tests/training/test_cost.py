@@ -9,8 +9,9 @@ from networks import SmallNet
 from torch import Tensor, nn
 
 from ares_lightning.attacks import make_attack
+from ares_lightning.counting import count_flops
 from ares_lightning.models import make_classifier
-from ares_lightning.training.cost import count_flops, step_cost
+from ares_lightning.training.cost import step_cost
 from ares_lightning.training.objectives import AdversarialTraining, InnerAttack, Objective, StandardTraining
 
 

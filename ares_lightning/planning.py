@@ -1,0 +1,120 @@
+"""What a training costs as a whole, in words: its steps, its validation and the evaluation at its end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from omegaconf import DictConfig
+
+from ares_lightning.build import ConfigError, planned_devices, planned_precision
+from ares_lightning.data import RobustDataModule
+from ares_lightning.evaluation.evaluators import AttackEvaluator
+from ares_lightning.evaluation.plan import device_name, duration, plan
+from ares_lightning.evaluation.run import Evaluation
+from ares_lightning.hardware import Hardware
+from ares_lightning.training import RobustTraining
+from ares_lightning.training.cost import StepCost
+from ares_lightning.training.plan import TrainingPlan, plan_training
+
+NOT_IN_IT = {"awp": "trick=[awp] adds about 3 F a step and a copy of the weights"}
+"""Tricks that the plan leaves out, and what they cost."""
+
+
+def training_plan(
+    cfg: DictConfig, module: RobustTraining, data: RobustDataModule, evaluation: Evaluation, cost: StepCost | None
+) -> str:
+    """Return what a training will cost on the devices that `plan` names, as lines; nothing is written.
+
+    Raises ConfigError where the step cannot be followed, or has no room here.
+    """
+    if cost is None:
+        raise ConfigError(f"plan={cfg.plan}: the network or the objective looks at values; it cannot be followed")
+    if cfg.trainer.activation_checkpointing:
+        raise ConfigError(
+            f"trainer.activation_checkpointing=true: plan={cfg.plan} cannot follow what is computed again; set it "
+            "to false for the plan, which then tells more memory and less time"
+        )
+    on, world_size = planned_devices(cfg)
+    trainer, precision, tricks = cfg.trainer, planned_precision(cfg), cfg.get("trick") or {}
+    try:
+        planned = plan_training(
+            module,
+            data,
+            epochs=trainer.max_epochs,
+            limit=trainer.limit_train_batches,
+            accumulated=trainer.accumulate_grad_batches,
+            precision=precision,
+            world_size=world_size,
+            averages=bool({"ema", "swa"}.intersection(tricks)),
+            sync_batchnorm=trainer.sync_batchnorm,
+            on=on,
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"plan={cfg.plan}: {' '.join(str(error).split())}") from error
+    validation = replace(
+        evaluation,
+        evaluators=[AttackEvaluator("validation", module.val_attack)],
+        dataset=data.val_set,
+        precision="fp32" if precision == "32-true" else "bf16",
+    )
+    net, times = module.net, trainer.max_epochs // trainer.check_val_every_n_epoch
+    expected, most = plan(validation, net, on, world_size).seconds
+    lines = [
+        f"training on {world_size} x {device_name(on)}, {precision}",
+        *_steps(planned, cost, trainer.max_epochs, world_size),
+        _memory(planned, on),
+        _collectives(planned, world_size),
+        f"time         {duration(planned.seconds)} of steps, {duration(times * expected)} of validation (at most "
+        f"{duration(times * most)}); loading of images left out",
+    ]
+    total, total_most = planned.seconds + times * expected, planned.seconds + times * most
+    if isinstance(on, Hardware):
+        lines.append(f"             by the data sheet of {on.name}, see docs/scaling.md")
+    lines += [f"not in it    {NOT_IN_IT[name]}" for name in tricks if name in NOT_IN_IT]
+    if cfg.callbacks.periodic.every_n_epochs is not None:
+        lines.append("not in it    the evaluations of callbacks.periodic")
+    if evaluation.evaluators:
+        at_end = plan(evaluation, net, on, world_size)
+        total, total_most = (one + other for one, other in zip((total, total_most), at_end.seconds, strict=True))
+        lines += ["evaluation at the end", *(f"  {line}" for line in at_end.text.splitlines())]
+    return "\n".join([*lines, f"in all       {duration(total)}, at most {duration(total_most)}"])
+
+
+def _steps(planned: TrainingPlan, cost: StepCost, epochs: int, world_size: int) -> list[str]:
+    images, updates = planned.images / epochs, planned.updates / epochs
+    return [
+        f"updates      {planned.updates:,}: {epochs} epochs of {updates:,.0f}, with {images:,.0f} images each",
+        f"a step       {planned.batch} images on each device, {cost}",
+    ]
+
+
+def _memory(planned: TrainingPlan, on: torch.device | Hardware) -> str:
+    memory = planned.memory
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "averaged weights": memory.averaged,
+        "images": memory.images,
+        "crafting": memory.attack,
+        "update": memory.update,
+    }
+    told = ", ".join(f"{name} {_size(number)}" for name, number in parts.items())
+    there = f" of {_size(on.memory)}" if isinstance(on, Hardware) else ""
+    fits = " and does not fit" if isinstance(on, Hardware) and memory.peak > on.memory else ""
+    return f"memory       {_size(memory.peak)}{there} on each device{fits}: {told}"
+
+
+def _collectives(planned: TrainingPlan, world_size: int) -> str:
+    if world_size == 1:
+        return "collectives  none"
+    return (
+        f"collectives  {planned.collectives} an update, {_size(planned.reduced)} of gradients; each device sends "
+        f"{_size(planned.sent)}"
+    )
+
+
+def _size(number: float) -> str:
+    """Return bytes in the unit that tells most of them."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
