@@ -411,5 +411,3 @@ def test_the_shell_sees_one_line_and_exit_code_1(tmp_path):
 def test_a_checkpoint_of_another_architecture_is_refused(trained, change, tmp_path):
     assert_one_line(here("evaluate.py", f"ckpt={trained}", change, f"launch.root={tmp_path}"), "best.ckpt: ")
     assert not list(tmp_path.iterdir())
-
-
