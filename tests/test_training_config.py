@@ -46,7 +46,7 @@ def test_every_objective_has_a_config():
 def test_an_objectives_config_holds_exactly_what_it_and_its_attack_take(name):
     settings = OmegaConf.load(CONFIG_DIR / "adv" / f"{name}.yaml")
     takes = inspect.signature(OBJECTIVES[name]).parameters
-    keys = {"name", "val_steps"}
+    keys = {"name", "val_steps"} | ({"monitor"} if name == "none" else set())
     for parameter in takes:
         if parameter == "inner":
             attack = make_attack(settings.attack)
@@ -91,6 +91,11 @@ def test_a_tricks_config_holds_every_setting_and_the_defaults_of_the_code(name, 
     assert set(settings) == set(takes)
     for key, parameter in takes.items():
         assert parameter.default in (inspect.Parameter.empty, settings[key])
+
+
+def test_the_best_checkpoint_is_that_of_robust_accuracy_but_for_training_on_clean_images():
+    chosen = {adv: config(f"adv={adv}").callbacks.checkpoint.monitor for adv in choices("adv") if adv not in TAUGHT}
+    assert chosen == dict.fromkeys(chosen, "val/robust_acc") | {"none": "val/clean_acc"}
 
 
 @pytest.mark.parametrize("name", choices("optim"))

@@ -25,7 +25,7 @@ from ares_lightning.training.objectives import OBJECTIVES, AuxiliaryNorms, Inner
 
 def build_objective(cfg: DictConfig, net: Classifier, num_classes: int) -> Objective:
     """Build the training objective of `adv` for a network."""
-    settings = {key: value for key, value in plain(cfg.adv).items() if key not in ("name", "val_steps", TARGET)}
+    settings = {key: value for key, value in plain(cfg.adv).items() if key not in _NOT_OF_THE_OBJECTIVE}
     objective = objective_class(cfg)
     takes = inspect.signature(objective).parameters
     arguments: dict[str, Any] = {key: settings.pop(key) for key in takes if key in settings}
@@ -50,6 +50,9 @@ def build_objective(cfg: DictConfig, net: Classifier, num_classes: int) -> Objec
             return objective(**arguments)
         own: Objective = build_own({TARGET: cfg.adv[TARGET], **arguments}, Objective)
         return own
+
+
+_NOT_OF_THE_OBJECTIVE = ("name", "val_steps", "monitor", TARGET)
 
 
 def objective_class(cfg: DictConfig) -> type[Objective]:
