@@ -16,6 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from photos import save
 from PIL import Image
 from processes import ROOT, assert_one_line, here, last_weights, run
 from sklearn.datasets import load_digits
@@ -172,9 +173,12 @@ def test_every_model_composes_and_builds(choice):
 
 
 @pytest.mark.parametrize("choice", [choice for choice in choices("experiment") if "/" not in choice])
-def test_every_experiment_composes_and_names_its_command(choice):
-    """Those in folders, which need data, are in test_recipes.py."""
-    cfg = composed("train", f"experiment={choice}")
+def test_every_experiment_composes_and_names_its_command(choice, tmp_path):
+    """Published recipes, in folders, are in test_recipes.py."""
+    for i in range(40):
+        save(tmp_path / ("train" if i % 2 else "test") / f"class{i // 4}" / f"{i}.png", i, 32, 32)
+    own = [f"data.root={tmp_path}", "data.num_val=10"] if choice.startswith("cifar10") else []
+    cfg = composed("train", f"experiment={choice}", *own)
     data = build.build_data(cfg, training=True)
     build.build_module(cfg, build.build_classifier(cfg, data.num_classes), data)
     assert f"python train.py experiment={choice}" in (CONFIG_DIR / "experiment" / f"{choice}.yaml").read_text()

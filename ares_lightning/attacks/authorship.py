@@ -19,7 +19,7 @@ def foreign_code(*classes: type) -> tuple[str, ...]:
     """
     line = dict.fromkeys(ancestor for each in classes for ancestor in each.__mro__)
     return tuple(
-        f"{each.__module__}.{each.__qualname__} {_file_hash(each.__module__)}"
+        f"{each.__qualname__} {_file_hash(each.__module__)}"
         for each in line
         if each.__module__.partition(".")[0] not in PUBLISHED
     )

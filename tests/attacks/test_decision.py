@@ -115,6 +115,8 @@ def test_the_step_of_evolutionary_settles_at_a_fifth_of_successes():
 class Watched(Evolutionary):
     """Keeps the state of its walk and the mutations."""
 
+    name = "evolutionary"
+
     def _begin(self, search, rows):
         super()._begin(search, rows)
         rows.variance[:, 0] *= 9
