@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ares_lightning.build import build_classifier
+from ares_lightning.build import build_classifier, check_trusted
 from ares_lightning.evaluation.fingerprints import model_fingerprint
 from ares_lightning.evaluation.robustbench import leaderboard_record
 from ares_lightning.models import Classifier, load_network, read_checkpoint
@@ -37,6 +37,7 @@ def export(
     weights: str | None = None,
     license: str = "unknown",
     evaluations: Sequence[Path] = (),
+    trust: Sequence[str] = (),
 ) -> Path:
     """Write the model of a run folder or checkpoint in a format, with a card; return the folder.
 
@@ -45,7 +46,8 @@ def export(
     `<name>.safetensors`. All hold the network without its normalisation, whose mean and std stand in the card.
 
     output: the folder, by default `export/<format>` beside the checkpoints; weights: `ema` or `raw`; license: for
-    the card; evaluations: run folders of further evaluations of this model, whose numbers go onto the card.
+    the card; evaluations: run folders of further evaluations of this model, whose numbers go onto the card;
+    trust: classes that the checkpoint may name.
 
     Raises CheckpointError for a checkpoint that cannot be used, and ValueError for a model that the format cannot
     hold, and for evaluations of another model.
@@ -53,6 +55,7 @@ def export(
     path = find_checkpoint(run)
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
+    check_trusted(config["model"], trust, f"{path}: the checkpoint")
     classifier = build_classifier(OmegaConf.create(config), config["data"]["num_classes"])
     load_network(classifier, trained_weights(checkpoint, path, weights), path)
     name = str(config["name"])

@@ -39,6 +39,8 @@ from ares_lightning.build import (
     build_trainer,
     check_keys,
     check_resumed,
+    check_trusted,
+    classes_named,
     end_loggers,
     planned_devices,
     prepare_logger,
@@ -110,7 +112,7 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
     with _checking():
         start = find_start(cfg)
         if start.config is not None:
-            _adopt(cfg, start.config, overrides, keep=("run_dir", "resume"))
+            _adopt(cfg, start.config, overrides, keep=("run_dir", "resume", "trust"))
         check_keys(cfg)
         if start.checkpoint is not None:
             check_resumed(cfg, start.checkpoint)
@@ -390,14 +392,16 @@ def _adopt(cfg: DictConfig, saved: Any, overrides: tuple[str, ...], keep: tuple[
     given = [override.lstrip("+~").partition("=")[0] for override in overrides]
     if "threat.norm" in given and "threat.eps" not in given:
         raise ConfigError("threat.norm: give threat.eps as well; the checkpoint's was meant for its norm")
+    trusted = classes_named(cfg) | set(cfg.trust)
     with open_dict(cfg):
         if "data" in given:
             for key in MODELS_FACTS:
                 if f"data.{key}" not in given:
                     cfg.data[key] = saved.data[key]
-        for key in saved:
-            if key in given or key in keep or (key == "threat" and "data" in given):
-                continue
+        skipped = {*given, *keep, *(("threat",) if "data" in given else ())}
+        adopted = [key for key in saved if key not in skipped]
+        check_trusted([saved[key] for key in adopted], trusted, "the checkpoint")
+        for key in adopted:
             own = {dotted: OmegaConf.select(cfg, dotted) for dotted in given if dotted.startswith(f"{key}.")}
             cfg[key] = saved[key]
             for dotted, value in own.items():

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
-from processes import ROOT, here, last_weights
+from processes import ROOT, assert_one_line, here, last_weights
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
 
@@ -24,6 +24,7 @@ from ares_lightning import build
 from ares_lightning.attacks import make_attack
 from ares_lightning.attacks.passes import Passes
 from ares_lightning.build.own import own_class
+from ares_lightning.export import export
 from ares_lightning.launch import CONFIG_DIR
 from ares_lightning.training.objectives import InnerAttack
 from examples.attack import ODIPGD
@@ -157,17 +158,43 @@ def test_the_evaluator_finds_the_worst_angle(trained):
 
 
 def test_the_checkpoint_is_evaluated_with_its_own_data_and_model(trained, tmp_path):
-    done = here("evaluate.py", *CONFIGS, f"ckpt={trained}", ASKED, "attack=odi_pgd", f"run_dir={tmp_path}")
+    done = here(
+        "evaluate.py",
+        *CONFIGS,
+        f"ckpt={trained}",
+        ASKED,
+        "attack=odi_pgd",
+        "trust=[examples]",
+        f"run_dir={tmp_path}",
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "summary.json").read_text() == (trained / "summary.json").read_text()
+
+
+def test_a_checkpoint_does_not_say_what_is_imported(trained, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "evil.py").write_text("raise SystemExit('was run')")
+    checkpoint = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    checkpoint["config"]["model"]["_target_"] = "evil.Net"
+    torch.save(checkpoint, tmp_path / "evil.ckpt")
+    for asks in (
+        ["evaluate.py", f"ckpt={tmp_path / 'evil.ckpt'}"],
+        ["evaluate.py", f"ckpt={tmp_path / 'evil.ckpt'}", "trust=[examples]"],
+        ["train.py", f"resume={tmp_path / 'evil.ckpt'}", f"run_dir={tmp_path}"],
+    ):
+        assert_one_line(here(*asks), r"evil\.Net.*, whose code would be run; give trust=")
+    asks = ["evaluate.py", f"ckpt={trained}", "trust=[examples]", "eval=[transfer]"]
+    other = f"eval.transfer.models={{evil: {tmp_path / 'evil.ckpt'}}}"
+    assert_one_line(here(*asks, other, f"run_dir={tmp_path}"), r"evil\.Net, whose code would be run")
+    with pytest.raises(ValueError, match=r"evil\.Net, whose code would be run"):
+        export(tmp_path / "evil.ckpt", "safetensors", output=tmp_path / "export")
 
 
 def test_the_data_set_is_looked_for_where_data_root_says(trained, digits, tmp_path):
     moved = tmp_path / "moved.npz"
     with np.load(digits) as file:
         np.savez(moved, test_images=file["test_images"][:5], test_labels=file["test_labels"][:5])
-    done = here(
-        "evaluate.py", f"ckpt={trained}", f"data.root={moved}", "eval=[clean]", f"run_dir={tmp_path / 'run'}"
-    )
+    moved_to = [f"data.root={moved}", "trust=[examples.model.MLP,examples.dataset]"]
+    done = here("evaluate.py", f"ckpt={trained}", *moved_to, "eval=[clean]", f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "n = 5" in done.stdout

@@ -17,9 +17,10 @@ from torch.utils.data import Dataset
 
 from ares_lightning import build
 from ares_lightning.attacks import Attack, make_attack
+from ares_lightning.build.budgets import build_attack
 from ares_lightning.build.own import build_own, own_class
-from ares_lightning.data import ImageError
-from ares_lightning.evaluation.fingerprints import model_fingerprint
+from ares_lightning.data import ImageError, OwnSets, RobustDataModule
+from ares_lightning.evaluation.fingerprints import model_fingerprint, set_fingerprint, source_fingerprint
 from ares_lightning.launch import CONFIG_DIR
 from ares_lightning.training.objectives import Objective
 
@@ -228,6 +229,61 @@ def test_classes_that_differ_in_their_code_share_no_fingerprint():
     """
     one, other = (model_fingerprint(written("mine_net", network.format(n))()) for n in (1, 2))
     assert one != other
+
+
+def test_data_sets_that_differ_in_code_or_settings_share_no_verdicts(tmp_path):
+    """Though labels, names and the first image are the same."""
+    text = """
+        import numpy as np
+        from PIL import Image
+        from torch.utils.data import Dataset
+        class Mine(Dataset):
+            targets = [0, 1, 2, 3]
+            def __init__(self, root, grey):
+                self.grey = grey
+            def __len__(self):
+                return 4
+            def __getitem__(self, i):
+                return Image.fromarray(np.full((8, 8), i * (self.grey + {}), np.uint8)), i
+    """
+    (tmp_path / "file").write_text("one")
+    (tmp_path / "other").write_text("two")
+
+    def fingerprints(root: str, grey: int, code: int) -> tuple[str, str]:
+        node = {"_target_": "mine_images.Mine", "root": str(tmp_path / root), "grey": grey}
+        dataset = written("mine_images", text.format(code))(node["root"], grey)
+        sizes = {
+            "img_size": 8,
+            "in_chans": 1,
+            "batch_size": 2,
+            "eval_batch_size": 2,
+            "num_workers": 0,
+            "num_val": 1,
+        }
+        own = OwnSets(test=dataset, settings={"test": node})
+        test = RobustDataModule(name="mine", training=False, own=own, **sizes).test_set
+        return source_fingerprint(test), set_fingerprint(test)
+
+    asked = [("file", 5, 0), ("file", 6, 0), ("file", 5, 1), ("other", 5, 0)]
+    for different in zip(*(fingerprints(*each) for each in asked), strict=True):
+        assert len(set(different)) == len(asked)
+    (tmp_path / "moved").write_text("one")
+    assert fingerprints("moved", 5, 0) == fingerprints("file", 5, 0)
+
+
+def test_an_own_attack_does_not_bear_the_name_of_one_of_ours():
+    settings = {"_target_": "mine_own.Shift", "eps": 0.1}
+    assert build_attack(settings).name == "shift"
+    renamed = """
+        from dataclasses import dataclass
+        from ares_lightning.attacks.pgd import PGD
+        @dataclass(frozen=True, kw_only=True)
+        class Mine(PGD):
+            name = "autoattack"
+    """
+    written("mine_autoattack", renamed)
+    with pytest.raises(ValueError, match=r"_target_=mine_autoattack\.Mine: is called autoattack as one of this"):
+        build_attack({"_target_": "mine_autoattack.Mine"})
 
 
 def test_an_attack_that_leaves_its_budget_or_the_box_is_refused():

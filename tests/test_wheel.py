@@ -119,11 +119,13 @@ def test_the_wheel_trains_and_evaluates_from_any_folder(site, elsewhere, tmp_pat
     done = installed("ares-train", *own, *SHORT, "run_dir=run", site=site, cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     ask = ["--config-dir", "conf", "ckpt=run", "eval=[attack,rotations]", "attack=odi_pgd", "trainer=ddp_sim"]
-    done = installed("ares-evaluate", *ask, "subset=first:6", "run_dir=again", site=site, cwd=elsewhere)
+    done = installed(
+        "ares-evaluate", *ask, "trust=[mine]", "subset=first:6", "run_dir=again", site=site, cwd=elsewhere
+    )
     assert done.returncode == 0, done.stderr
     assert (elsewhere / "again" / "summary.json").read_text() == (elsewhere / "run" / "summary.json").read_text()
     (elsewhere / "mine").rename(elsewhere / "yours")
-    done = installed("ares-evaluate", "ckpt=run", site=site, cwd=elsewhere)
+    done = installed("ares-evaluate", "ckpt=run", "trust=[mine]", site=site, cwd=elsewhere)
     assert_one_line(
         done, r"data\.test\._target_=mine\.dataset\.NpzImages: there is no module mine in .*; run where"
     )

@@ -7,15 +7,16 @@ import sys
 from functools import cache
 from pathlib import Path
 
-PUBLISHED = ("ares_lightning", "torch", "torchvision", "timm", "abc", "builtins", "typing")
+PUBLISHED = {__name__.partition(".")[0], "torch", "torchvision", "timm", *sys.stdlib_module_names}
 """Packages whose classes change with a release alone, which a run folder tells anyway."""
 
 
 @cache
 def foreign_code(*classes: type) -> tuple[str, ...]:
-    """Return, for each class that `classes` come from and that is in none of PUBLISHED, its name and a file hash.
+    """Return name and hash of the file of each class that `classes` come from and that is in none of PUBLISHED.
 
-    The whole file counts, for a class may call anything in it; of a class that was typed in, the name alone.
+    The whole file counts, for a class may call anything in it, but not what it imports; of a class that was typed
+    in, the name alone.
     """
     line = dict.fromkeys(ancestor for each in classes for ancestor in each.__mro__)
     return tuple(

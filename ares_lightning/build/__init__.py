@@ -7,6 +7,7 @@ from ares_lightning.build.evaluation import build_evaluation, build_evaluators, 
 from ares_lightning.build.loggers import end_loggers, prepare_logger, start_loggers
 from ares_lightning.build.model import average_over_draws, build_classifier, take_weights
 from ares_lightning.build.objective import build_objective
+from ares_lightning.build.own import check_trusted, classes_named
 from ares_lightning.build.periodic import build_periodic
 from ares_lightning.build.trainer import build_trainer, check_resumed
 from ares_lightning.build.training import build_module, rehearse
@@ -26,6 +27,8 @@ __all__ = [
     "build_trainer",
     "check_keys",
     "check_resumed",
+    "check_trusted",
+    "classes_named",
     "end_loggers",
     "planned_devices",
     "planned_precision",

@@ -8,8 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ares_lightning.attacks import Attack, Threat, make_attack
+from ares_lightning.attacks import Attack, Threat, list_attacks, make_attack
 from ares_lightning.attacks.attack import DEFAULT_EPS
+from ares_lightning.attacks.authorship import foreign_code
 from ares_lightning.build.own import TARGET, build_own
 
 IMAGENET_PIXELS = 3 * 224 * 224
@@ -31,7 +32,13 @@ def usual_budget(norm: str, threat: Threat, num_pixels: int) -> float:
 
 def build_attack(settings: Mapping[str, Any], **offered: Any) -> Attack:
     """Build the attack that `settings` name, or a user's own, which takes of `offered` what its settings lack."""
-    attack: Attack = build_own(settings, Attack, **offered) if TARGET in settings else make_attack(**settings)
+    if TARGET not in settings:
+        return make_attack(**settings)
+    attack: Attack = build_own(settings, Attack, **offered)
+    if foreign_code(type(attack)) and attack.name in {row.name for row in list_attacks()}:
+        raise ValueError(
+            f"{TARGET}={settings[TARGET]}: is called {attack.name} as one of this project's attacks; set its `name`"
+        )
     return attack
 
 

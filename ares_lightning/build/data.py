@@ -71,7 +71,10 @@ def _own_sets(facts: dict[str, Any], training: bool) -> OwnSets | None:
             )
         with section(f"data.{split}"):
             made[split] = build_own(node, Dataset, **offered)
-    return OwnSets(**made, augment=given.get("augment", "none"), num_classes=facts["num_classes"])
+    settings = {split: {**offered, **given[split]} for split in made}
+    return OwnSets(
+        **made, settings=settings, augment=given.get("augment", "none"), num_classes=facts["num_classes"]
+    )
 
 
 PREPROCESS = ("model", "ares")

@@ -9,12 +9,14 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
-from ares_lightning.build.config import one_line
+from omegaconf import OmegaConf
+
+from ares_lightning.build.config import ConfigError, one_line
 
 TARGET = "_target_"
 """The key under which settings name their class, as `<module>.<Class>`."""
@@ -48,13 +50,38 @@ def build_own(settings: Mapping[str, Any], base: type[Any], **offered: Any) -> A
         raise ValueError(f"{TARGET}={target}: {type(error).__name__}: {one_line(error)}") from error
 
 
+def classes_named(config: Any) -> set[str]:
+    """Return the classes that a config names anywhere, as they stand there."""
+    content = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
+    if isinstance(content, list | tuple):
+        return set().union(*map(classes_named, content))
+    if not isinstance(content, dict):
+        return set()
+    named = {str(content[TARGET])} if TARGET in content else set()
+    return named.union(*map(classes_named, content.values()))
+
+
+def check_trusted(config: Any, trusted: Collection[str], key: str) -> None:
+    """Raise ConfigError for a class in a checkpoint's `config` that the user has not named: its code would be run.
+
+    trusted: classes, or modules of such. key: of the checkpoint, for the message.
+    """
+    known = tuple(f"{name}." for name in trusted)
+    unknown = sorted(name for name in classes_named(config) if not f"{name}.".startswith(known))
+    if unknown:
+        raise ConfigError(
+            f"{key} names {', '.join(unknown)}, whose code would be run; give trust=[{','.join(unknown)}] if it is "
+            "yours"
+        )
+
+
 def own_class(target: object, base: type[Any]) -> type[Any]:
     """Return the class that `target` names, of a module that is installed or lies in the working directory.
 
     Raises ValueError, beginning with `_target_=`, unless it can be imported and is a complete subclass of `base`.
     """
     module_name, _, name = str(target).rpartition(".")
-    if not module_name:
+    if not re.fullmatch(r"([^\W\d]\w*\.)+[^\W\d]\w*", str(target)):
         raise ValueError(f"{TARGET}={target}: expected <module>.<Class>, such as mine.{name or 'Mine'}")
     module = _module(target, module_name)
     found = vars(module).get(name)

@@ -6,7 +6,7 @@ from ares_lightning.data.images import ImageError, Preprocessing, ares_preproces
 from ares_lightning.data.loading import Batch, ImageLoader, ShardedSampler, collate
 from ares_lightning.data.mixing import BatchAugmentation
 from ares_lightning.data.module import RobustDataModule
-from ares_lightning.data.own import OwnSets
+from ares_lightning.data.own import DatasetSource, OwnSets
 from ares_lightning.data.published import Wishes, load_image_sets, load_variant
 from ares_lightning.data.subsets import select_subset, subset_hash
 from ares_lightning.data.variants import VARIANTS
@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "BatchAugmentation",
     "Corruption",
+    "DatasetSource",
     "ImageError",
     "ImageLoader",
     "ImageSet",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,14 +39,15 @@ LABEL_ATTRIBUTES = ("targets", "labels")
 class OwnSets:
     """The datasets of a user, with `len()` and `[i]`: (PIL image, label), the same whenever it is asked for.
 
-    train: None where it is not needed. augment: a key of AUGMENTS. num_classes: None for as many as there are
-    `.classes`, or as the largest label tells.
+    train: None where it is not needed. settings: of each of the two, as in a config. augment: a key of AUGMENTS.
+    num_classes: None for as many as there are `.classes`, or as the largest label tells.
 
     Raises ValueError naming the key.
     """
 
     test: Any
     train: Any = None
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     augment: str = "none"
     num_classes: int | None = None
 
@@ -70,7 +74,9 @@ class OwnSets:
             if int(each.max()) >= len(known):
                 raise ValueError(f"data.{split}: has label {int(each.max())}, there are {len(known)} classes")
         made = {
-            split: DatasetSource(name, split, Labels(known, labels[split]), dataset, exact_size)
+            split: DatasetSource(
+                name, split, Labels(known, labels[split]), dataset, exact_size, self.settings.get(split, {})
+            )
             for split, dataset in datasets.items()
         }
         return made.get("train"), made["test"]
@@ -80,7 +86,7 @@ class OwnSets:
 class DatasetSource:
     """A dataset as a source; sample ids are positions, named `<split>/<position>`.
 
-    exact_size: the side that every image must have, None for any.
+    exact_size: the side that every image must have, None for any. settings: of the dataset, as in a config.
     """
 
     name: str
@@ -88,6 +94,18 @@ class DatasetSource:
     labels: Labels
     dataset: Any
     exact_size: int | None
+    settings: Mapping[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """What tells the dataset from others: its settings, of a `root` that is a file the content.
+
+        Where they lie does not count.
+        """
+        settings = {key: value for key, value in self.settings.items() if key != "root"}
+        root = Path(str(self.settings.get("root", "")))
+        content = hashlib.blake2b(root.read_bytes(), digest_size=8).hexdigest() if root.is_file() else None
+        return json.dumps([settings, content], sort_keys=True)
 
     def sample_name(self, sample_id: int) -> str:
         """Return e.g. `test/00042`."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ares_lightning.attacks.authorship import foreign_code
-from ares_lightning.data import ImageError, ImageSet, subset_hash
+from ares_lightning.data import DatasetSource, ImageError, ImageSet, subset_hash
 from ares_lightning.data.datasets import Unreadable
 
 
@@ -33,6 +33,7 @@ def set_fingerprint(dataset: ImageSet) -> str:
     digest = hashlib.blake2b(repr((dataset.name, ids, names)).encode(), digest_size=8)
     digest.update(dataset.labels.numpy().tobytes())
     digest.update(dataset.example().numpy().tobytes())
+    digest.update(_own(dataset.source))
     return digest.hexdigest()
 
 
@@ -44,11 +45,20 @@ def source_fingerprint(dataset: ImageSet) -> str:
         digest = hashlib.blake2b(f"{subset_hash(whole)} {whole.preparation}".encode(), digest_size=8)
         digest.update(labels.numpy().tobytes())
         digest.update(_first_image(whole))
+        digest.update(_own(dataset.source))
         _KNOWN[dataset.source] = digest.hexdigest()
     return _KNOWN[dataset.source]
 
 
 _KNOWN: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def _own(source: Any) -> bytes:
+    """Return what tells a user's own dataset from others: its settings and its code; nothing for ours."""
+    if not isinstance(source, DatasetSource):
+        return b""
+    kind: type = type(source.dataset)
+    return repr((source.identity, foreign_code(kind))).encode()
 
 
 def _first_image(dataset: ImageSet) -> bytes:

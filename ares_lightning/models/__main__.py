@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("--to", choices=FORMATS, required=True)
     exporting.add_argument("--output", type=Path, help="folder to write; default: <run>/export/<format>")
     exporting.add_argument("--weights", choices=WHICH, help="of a checkpoint with both; default: ema")
+    exporting.add_argument(
+        "--trust", action="append", default=[], help="a class of yours that the checkpoint names"
+    )
     exporting.add_argument("--license", default="unknown", help="for the model card, such as mit")
     exporting.add_argument(
         "--evaluation", type=Path, action="append", default=[], help="run folder whose numbers go onto the card"
@@ -133,6 +136,7 @@ def _export(given: argparse.Namespace) -> None:
         weights=given.weights,
         license=given.license,
         evaluations=given.evaluation,
+        trust=given.trust,
     )
     print(f"exported: {folder}")
 
