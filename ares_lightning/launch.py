@@ -46,6 +46,7 @@ from ares_lightning.build import (
     prepare_logger,
     rehearse,
     start_loggers,
+    take_all_of_few,
     take_weights,
 )
 from ares_lightning.data import VARIANTS, ImageError
@@ -120,6 +121,7 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         average_over_draws(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         data = build_data(cfg, training=True)
+        few = take_all_of_few(cfg, data)
         net = build_classifier(cfg, data.num_classes)
         module = build_module(cfg, net, data)
         evaluation = build_evaluation(cfg, data)
@@ -134,8 +136,8 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
             load_network(net, trained_weights(start.checkpoint, start.path, "raw"), start.path)
         trainer = build_trainer(cfg, run_dir, stop, cost=cost, periodic=build_periodic(cfg, data, run_dir))
     if is_main_process():
-        if taken:
-            print(taken)
+        for line in filter(None, (taken, few)):
+            print(line)
         write_config(cfg, run_dir)
         if not cfg.trainer.fast_dev_run:
             trainer.loggers = start_loggers(cfg, run_dir)

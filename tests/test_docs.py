@@ -16,13 +16,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
-import pandas as pd
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from processes import ROOT, here
 
 from ares_lightning import build
@@ -42,6 +41,8 @@ FOREIGN = ("git", "cd", ".", "export", "tensorboard", "wandb", "#!/bin/bash", "#
 """Programs of others that pages may call."""
 TABLES = ("benchmarks/table.py", "ares_lightning.attacks", "ares_lightning.data")
 """Those that take no options; other tests run them."""
+NEED_IMAGES = ("ood", "corruptions", "frequency", "transfer", "sanity")
+"""Evaluators that cannot be built without the images they ask about."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -90,11 +91,8 @@ def check_options(words: Sequence[str]) -> None:
         start(program if is_module else str(ROOT / program), run_name="__main__")
 
 
-def composed(program: str, words: Sequence[str]) -> DictConfig | None:
-    """Compose the config of a command line; of a sweep its first run, Hydra's own settings left out.
-
-    None where it takes configs of the reader's own.
-    """
+def composed(program: str, words: Sequence[str]) -> DictConfig:
+    """Compose the config of a command line; of a sweep its first run, Hydra's own settings left out."""
     given = get_args_parser().parse_args(words)
     overrides = [word for word in given.overrides if not word.startswith(("hydra.", "hydra/"))]
     for place, override in enumerate(OverridesParser.create().parse_overrides(overrides)):
@@ -102,30 +100,40 @@ def composed(program: str, words: Sequence[str]) -> DictConfig | None:
             assert given.multirun, f"{override.input_line}: needs -m"
             first = next(iter(override.sweep_string_iterator()))
             overrides[place] = f"{override.get_key_element()}={first}"
-    if given.config_dir and not given.config_dir.startswith("examples"):
-        return None
     if given.config_dir:
-        overrides.append(f"hydra.searchpath=[file://{(ROOT / given.config_dir).resolve()}]")
+        folder = ROOT if given.config_dir.startswith("examples") else Path.cwd()
+        overrides.append(f"hydra.searchpath=[file://{folder / given.config_dir}]")
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return compose(given.config_name or program, overrides)
 
 
 def check_program(program: str, words: Sequence[str]) -> None:
     cfg = composed(program, words)
-    if cfg is None:
-        return
     build.check_keys(cfg)
     if program == "train":
         assert "_target_" in cfg.adv or cfg.adv.name in OBJECTIVES
         if cfg.resume is None:
             OptimSettings(**cfg.optim)
-    needs_images = {"ood", "corruptions", "transfer", "sanity"} & {str(key) for key in cfg.get("eval") or ()}
-    if not needs_images:
-        build.build_evaluators(cfg, None, None)
+    cfg.data.img_size = cfg.data.img_size or 224  # as build_data would say once there are images
+    asked = [name for name in cfg.get("eval") or () if name not in NEED_IMAGES]
+    cfg.eval = OmegaConf.masked_copy(cfg.eval, asked) if asked else {}
+    assert {evaluator.name for evaluator in build.build_evaluators(cfg, None, None)} >= set(asked)
+
+
+def write_own(page: Path, folder: Path) -> None:
+    """Write the configs of a page, each to the path in its first line, and the class that they name."""
+    for block in blocks(page, "yaml"):
+        path = re.match(r"# (conf/\S+\.yaml)\n", block)
+        if path:
+            (folder / path[1]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path[1]).write_text(block)
+    (folder / "mine.py").write_text((ROOT / "examples" / "attack.py").read_text().replace("ODIPGD", "MyAttack"))
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {text}"[:90] for page, text in COMMANDS])
-def test_a_pages_command_is_one_that_the_program_takes(page, command, monkeypatch):
+def test_a_pages_command_is_one_that_the_program_takes(page, command, monkeypatch, tmp_path):
+    write_own(ROOT / page, tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setenv("IMAGENET_DIR", "/data/imagenet")
@@ -202,16 +210,14 @@ def test_the_newcomers_commands_lead_from_images_to_a_comparison(newcomers):
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_a_pages_python_runs(page, newcomers, monkeypatch):
-    programs = blocks(page, "python")
-    if "runs/check-" in "".join(programs):
-        verdicts = pd.read_parquet(newcomers / "runs" / "own-model" / "verdicts")
-        for run in "ab":
-            place = newcomers / "runs" / f"check-{run}" / "verdicts"
-            place.mkdir(parents=True)
-            verdicts.to_parquet(place / "part.parquet")
     monkeypatch.chdir(newcomers)
     monkeypatch.syspath_prepend(str(ROOT))
-    exec("\n".join(programs), {"__name__": page.stem})
+    for command in commands(page):
+        if "run_dir=runs/check-" in command:
+            words = [word for word in shlex.split(command)[1:] if not word.startswith("trainer=")]
+            done = here(*words, "eval=[clean,pgd20]", "subset=first:40", "data.num_workers=0")
+            assert done.returncode == 0, done.stderr
+    exec("\n".join(blocks(page, "python")), {"__name__": page.stem})
 
 
 def anchors(page: Path) -> set[str]:

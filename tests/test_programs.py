@@ -132,6 +132,18 @@ def test_an_interrupted_training_keeps_its_checkpoint_and_goes_on(trained, tmp_p
     assert all(torch.equal(one[key], two[key]) for key in one), "resumed and uninterrupted training agree"
 
 
+def test_a_default_subset_larger_than_the_test_set_is_all_of_it_and_one_that_is_asked_for_an_error(tmp_path):
+    short = [*(setting for setting in QUICK if not setting.startswith("subset=")), "eval=[clean]"]
+    done = here("train.py", "data.subset_after_training=random:1000@0", *short, f"run_dir={tmp_path / 'all'}")
+    assert done.returncode == 0, done.stderr
+    line = "subset: all 360 test images, fewer than data.subset_after_training=random:1000@0 asks for"
+    assert line in done.stdout.splitlines()
+    assert json.loads((tmp_path / "all" / "summary.json").read_text())[0]["n"] == 360
+    assert OmegaConf.load(tmp_path / "all" / "config.yaml").subset is None
+    done = here("train.py", "subset=random:1000@0", *short, f"run_dir={tmp_path / 'asked'}")
+    assert_one_line(done, r"subset=random:1000@0: must be .* with n from 1 to 360")
+
+
 def test_two_processes_train_and_evaluate(tmp_path):
     done = run("train.py", "trainer=ddp_sim", f"run_dir={tmp_path}", *QUICK, "logger=tensorboard")
     assert done.returncode == 0, done.stderr

@@ -78,12 +78,13 @@ def test_a_cached_tag_is_fine_tuned_with_its_own_normalisation_and_then_stands_b
     data = [*write_folders(tmp_path / "images", num_classes=2, num_images=8), "data.img_size=96"]
     model = ["model=timm", f"model.name={TAG}", "model.new_head=true", "model.resample=true"]
     brief = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "optim.lr=1e-9", "optim.warmup_lr=0"]
-    brief += ["eval=[clean]", "subset=null"]
+    brief += ["eval=[clean]"]
     run_dir = tmp_path / "run"
     done = run("train.py", *model, *data, *brief, "adv=none", "data.batch_size=4", f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
     assert re.search(rf"weights: {TAG}: .*pos_embed resampled; head\.bias is new; head\.weight is new", done.stdout)
     state = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")["state_dict"]
+    assert "subset: all 16 test images, fewer than data.subset_after_training=random:1000@0" in done.stdout
     kept = state["net.backbone.blocks.3.mlp.fc1.weight"]
     torch.testing.assert_close(kept, published["blocks.3.mlp.fc1.weight"], rtol=0, atol=1e-6)
     assert state["net.backbone.head.weight"].shape == (2, 192)

@@ -294,7 +294,7 @@ def test_a_recipe_without_its_data_names_their_key(recipe, monkeypatch):
 
 def test_without_its_data_or_its_weights_a_recipe_ends_in_one_line(root, tmp_path, monkeypatch):
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
-    command = ["experiment=imagenet/singh_convnext_t", f"launch.root={tmp_path}", "subset=null", "data.num_val=4"]
+    command = ["experiment=imagenet/singh_convnext_t", f"launch.root={tmp_path}", "data.num_val=4"]
     assert one_line(monkeypatch, *command).startswith("error: data.root=null: ")
     data = f"data.root={root / 'imagenet'}"
     assert one_line(monkeypatch, *command, data).startswith("error: model.weights=clean.pt: is no file")

@@ -3,7 +3,7 @@
 from ares_lightning.build.config import ConfigError, check_keys
 from ares_lightning.build.data import build_data
 from ares_lightning.build.devices import build_fabric, planned_devices, planned_precision
-from ares_lightning.build.evaluation import build_evaluation, build_evaluators, build_threat
+from ares_lightning.build.evaluation import build_evaluation, build_evaluators, build_threat, take_all_of_few
 from ares_lightning.build.loggers import end_loggers, prepare_logger, start_loggers
 from ares_lightning.build.model import average_over_draws, build_classifier, take_weights
 from ares_lightning.build.objective import build_objective
@@ -35,5 +35,6 @@ __all__ = [
     "prepare_logger",
     "rehearse",
     "start_loggers",
+    "take_all_of_few",
     "take_weights",
 ]

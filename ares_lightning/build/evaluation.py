@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ares_lightning.attacks import Attack, Threat, parse_budget
 from ares_lightning.attacks.autoattack import RANDOM_DRAWS
@@ -20,6 +20,7 @@ from ares_lightning.build.transfer import build_transfer
 from ares_lightning.data import (
     ImageSet,
     RobustDataModule,
+    asks_for_more,
     select_subset,
 )
 from ares_lightning.evaluation.curves import BisectedCurve, BracketedCurve, Curve, ExactCurve, curve_budgets
@@ -40,6 +41,15 @@ def build_threat(cfg: DictConfig) -> Threat:
         raise ConfigError(f"threat.norm={cfg.threat.norm}: expected one of {', '.join(BALLS)}")
     with section("threat"):
         return Threat(cfg.threat.norm, parse_budget(cfg.threat.eps))
+
+
+def take_all_of_few(cfg: DictConfig, data: RobustDataModule) -> str | None:
+    """Set `subset` to all where its default asks for more test images than there are; return one line if so."""
+    spec = cfg.subset
+    if not (OmegaConf.is_interpolation(cfg, "subset") and asks_for_more(data.test_set, spec)):
+        return None
+    cfg.subset = None
+    return f"subset: all {len(data.test_set)} test images, fewer than data.subset_after_training={spec} asks for"
 
 
 def build_evaluation(cfg: DictConfig, data: RobustDataModule, images: ImageSet | None = None) -> Evaluation:

@@ -8,7 +8,7 @@ from ares_lightning.data.mixing import BatchAugmentation
 from ares_lightning.data.module import RobustDataModule
 from ares_lightning.data.own import DatasetSource, OwnSets
 from ares_lightning.data.published import Wishes, load_image_sets, load_variant
-from ares_lightning.data.subsets import select_subset, subset_hash
+from ares_lightning.data.subsets import asks_for_more, select_subset, subset_hash
 from ares_lightning.data.variants import VARIANTS
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "ShardedSampler",
     "Wishes",
     "ares_preprocessing",
+    "asks_for_more",
     "collate",
     "corrupt",
     "load_image_sets",

@@ -20,6 +20,11 @@ ROBUSTBENCH_LIST = "imagenet_test_image_ids.txt"
 """The list of RobustBench (helper_files/), which has the lines `<wnid>/ILSVRC2012_val_<number>.JPEG`."""
 FORMS = "null (all), first:n, random:n@seed, file:<list>, ares1k, ares1k@seed or robustbench5k"
 
+_FORM = re.compile(
+    r"first:(?P<first>\d+)|random:(?P<random>\d+)@(?P<seed>\d+)|file:(?P<file>.+)"
+    r"|(?P<ares>ares1k)(@(?P<ares_seed>\d+))?|(?P<robustbench>robustbench5k)"
+)
+
 
 def select_subset(dataset: ImageSet, spec: str | None) -> ImageSet:
     """Take the part of a set that `subset=…` names; the sample ids stay what they were.
@@ -34,11 +39,7 @@ def select_subset(dataset: ImageSet, spec: str | None) -> ImageSet:
     """
     if spec is None:
         return dataset
-    form = re.fullmatch(
-        r"first:(?P<first>\d+)|random:(?P<random>\d+)@(?P<seed>\d+)|file:(?P<file>.+)"
-        r"|(?P<ares>ares1k)(@(?P<ares_seed>\d+))?|(?P<robustbench>robustbench5k)",
-        spec,
-    )
+    form = _FORM.fullmatch(spec)
     known_forms = f"must be {FORMS}, with n from 1 to {len(dataset)}, the number of images"
     if form is None:
         raise ValueError(f"subset={spec}: {known_forms}")
@@ -49,13 +50,23 @@ def select_subset(dataset: ImageSet, spec: str | None) -> ImageSet:
         if len(chosen) != ROBUSTBENCH_IMAGES:
             raise ValueError(f"subset={spec}: the list has {len(chosen)} images; expected {ROBUSTBENCH_IMAGES}")
         return chosen
-    count = ARES_IMAGES if form["ares"] else int(form["first"] or form["random"])
+    count = _count(form)
     if not 0 < count <= len(dataset):
         raise ValueError(f"subset={spec}: {known_forms}")
     if form["first"]:
         return dataset.take(range(count))
     seed = int(form["seed"] or form["ares_seed"] or 0)
     return dataset.take(keyed_permutation(len(dataset), "subset", seed)[:count].sort().values)
+
+
+def asks_for_more(dataset: ImageSet, spec: str | None) -> bool:
+    """Whether `first:n`, `random:n@seed` or `ares1k` asks for more images than there are; other forms never do."""
+    form = _FORM.fullmatch(str(spec))
+    return form is not None and not (form["file"] or form["robustbench"]) and _count(form) > len(dataset)
+
+
+def _count(form: re.Match[str]) -> int:
+    return ARES_IMAGES if form["ares"] else int(form["first"] or form["random"])
 
 
 def subset_hash(dataset: ImageSet) -> str:
