@@ -127,14 +127,14 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         evaluation = build_evaluation(cfg, data)
         taken = None if start.path else take_weights(cfg, net)
         cost = rehearse(module, data)
-        if cfg.plan:
-            if is_main_process():
-                print(training_plan(cfg, module, data, evaluation, cost))
-            return {}
         run_dir = start.run_dir or new_run_dir(cfg)
         if start.path is not None and start.checkpoint is not None:
             load_network(net, trained_weights(start.checkpoint, start.path, "raw"), start.path)
         trainer = build_trainer(cfg, run_dir, stop, cost=cost, periodic=build_periodic(cfg, data, run_dir))
+        if cfg.plan:
+            if is_main_process():
+                print(training_plan(cfg, trainer, module, data, evaluation, cost))
+            return {}
     if is_main_process():
         for line in filter(None, (taken, few)):
             print(line)

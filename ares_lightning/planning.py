@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import lightning as L
 import torch
 from omegaconf import DictConfig
 
 from ares_lightning.build import ConfigError, planned_devices, planned_precision
-from ares_lightning.data import RobustDataModule
+from ares_lightning.data import RobustDataModule, select_subset
 from ares_lightning.evaluation.evaluators import AttackEvaluator
 from ares_lightning.evaluation.plan import device_name, duration, plan
 from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.hardware import Hardware
 from ares_lightning.training import RobustTraining
 from ares_lightning.training.cost import StepCost
+from ares_lightning.training.module import limited
 from ares_lightning.training.plan import TrainingPlan, plan_training
 
 NOT_IN_IT = {"awp": "trick=[awp] adds about 3 F a step and a copy of the weights"}
@@ -22,9 +24,16 @@ NOT_IN_IT = {"awp": "trick=[awp] adds about 3 F a step and a copy of the weights
 
 
 def training_plan(
-    cfg: DictConfig, module: RobustTraining, data: RobustDataModule, evaluation: Evaluation, cost: StepCost | None
+    cfg: DictConfig,
+    trainer: L.Trainer,
+    module: RobustTraining,
+    data: RobustDataModule,
+    evaluation: Evaluation,
+    cost: StepCost | None,
 ) -> str:
     """Return what a training will cost on the devices that `plan` names, as lines; nothing is written.
+
+    trainer: that of the training, which knows what trainer.fast_dev_run leaves of it.
 
     Raises ConfigError where the step cannot be followed, or has no room here.
     """
@@ -36,33 +45,36 @@ def training_plan(
             "to false for the plan, which then tells more memory and less time"
         )
     on, world_size = planned_devices(cfg)
-    trainer, precision, tricks = cfg.trainer, planned_precision(cfg), cfg.get("trick") or {}
+    precision = planned_precision(cfg) if isinstance(on, Hardware) else str(trainer.precision)
+    epochs, tricks = trainer.max_epochs or 0, cfg.get("trick") or {}
     try:
         planned = plan_training(
             module,
             data,
-            epochs=trainer.max_epochs,
+            epochs=epochs,
             limit=trainer.limit_train_batches,
             accumulated=trainer.accumulate_grad_batches,
             precision=precision,
             world_size=world_size,
             averages=bool({"ema", "swa"}.intersection(tricks)),
-            sync_batchnorm=trainer.sync_batchnorm,
+            sync_batchnorm=cfg.trainer.sync_batchnorm,
             on=on,
         )
     except RuntimeError as error:
         raise ConfigError(f"plan={cfg.plan}: {' '.join(str(error).split())}") from error
-    validation = replace(
-        evaluation,
-        evaluators=[AttackEvaluator("validation", module.val_attack)],
-        dataset=data.val_set,
-        precision="fp32" if precision == "32-true" else "bf16",
-    )
-    net, times = module.net, trainer.max_epochs // trainer.check_val_every_n_epoch
-    expected, most = plan(validation, net, on, world_size).seconds
+    net, times, expected, most = module.net, epochs // (trainer.check_val_every_n_epoch or 1), 0.0, 0.0
+    images = validated_images(data, trainer.limit_val_batches, world_size)
+    if images:
+        validation = replace(
+            evaluation,
+            evaluators=[AttackEvaluator("validation", module.val_attack)],
+            dataset=select_subset(data.val_set, f"first:{images}"),
+            precision="fp32",  # as its attack is called
+        )
+        expected, most = plan(validation, net, on, world_size).seconds
     lines = [
         f"training on {world_size} x {device_name(on)}, {precision}",
-        *_steps(planned, cost, trainer.max_epochs, world_size),
+        *_steps(planned, cost, epochs),
         _memory(planned, on),
         _collectives(planned, world_size),
         f"time         {duration(planned.seconds)} of steps, {duration(times * expected)} of validation (at most "
@@ -81,7 +93,13 @@ def training_plan(
     return "\n".join([*lines, f"in all       {duration(total)}, at most {duration(total_most)}"])
 
 
-def _steps(planned: TrainingPlan, cost: StepCost, epochs: int, world_size: int) -> list[str]:
+def validated_images(data: RobustDataModule, limit: int | float, world_size: int) -> int:
+    """Return how many images a validation takes on all processes, given the Trainer's limit_val_batches."""
+    of_each, size = -(-len(data.val_set) // world_size), data.eval_batch_size
+    return min(limited(-(-of_each // size), limit) * size * world_size, len(data.val_set))
+
+
+def _steps(planned: TrainingPlan, cost: StepCost, epochs: int) -> list[str]:
     images, updates = planned.images / epochs, planned.updates / epochs
     return [
         f"updates      {planned.updates:,}: {epochs} epochs of {updates:,.0f}, with {images:,.0f} images each",

@@ -10,7 +10,7 @@ import torch
 from networks import SmallNet
 from processes import assert_one_line, here
 from torch import Tensor
-from trainings import config
+from trainings import config, fit
 
 from ares_lightning import build
 from ares_lightning.attacks import make_attack
@@ -18,6 +18,7 @@ from ares_lightning.counting import AsOnCUDA, Operation, Trace, without_memory
 from ares_lightning.evaluation.plan import plan
 from ares_lightning.hardware import HARDWARE, REACHED
 from ares_lightning.models import make_classifier
+from ares_lightning.planning import training_plan, validated_images
 from ares_lightning.training.cost import step_cost
 from ares_lightning.training.objectives import AdversarialTraining, InnerAttack
 from ares_lightning.training.plan import num_collectives, plan_training, trace_step
@@ -89,7 +90,7 @@ def test_updates_and_bytes_follow_from_the_settings():
     images = len(data.train_set)
     batches = [images // 128, images // 64]
     assert planned.images == 128 * batches[0] + 64 * batches[1]
-    assert planned.updates == sum(batches) // 3
+    assert planned.updates == sum(-(-number // 3) for number in batches), "an epoch's rest is an update too"
     assert planned.batch == 64
     size = sum(p.numel() * 4 for p in module.net.parameters())
     assert planned.reduced == planned.sent == size, "a ring of two: each sends half of it twice"
@@ -99,6 +100,63 @@ def test_updates_and_bytes_follow_from_the_settings():
     assert (alone.reduced, alone.sent, alone.collectives, alone.updates) == (0, 0, 0, 3)
     assert alone.memory.gradients == size
     assert alone.memory.optimizer == pytest.approx(2 * size, rel=0.01), "AdamW has two numbers for each weight"
+
+
+def test_updates_are_those_that_a_training_makes(tmp_path):
+    run = fit(
+        tmp_path, "trainer.max_epochs=3", "trainer.limit_train_batches=3", "trainer.accumulate_grad_batches=2"
+    )
+    module, data = built()
+    few = plan_training(module, data, epochs=3, limit=3, accumulated=2, on=HARDWARE["a100"])
+    assert few.updates == run.trainer.global_step == sum(run.module.steps_by_epoch(3)) == 6
+    assert plan_training(module, data, epochs=3, limit=19, accumulated=4, on=HARDWARE["a100"]).updates == 15
+
+
+def whole_plan(folder, *overrides: str) -> list[str]:
+    """The lines of a training's plan for an H100."""
+    cfg = config("plan=h100", *overrides)
+    module, data = built(*overrides)
+    trainer = build.build_trainer(cfg, folder)
+    evaluation, cost = build.build_evaluation(cfg, data), build.rehearse(module, data)
+    return training_plan(cfg, trainer, module, data, evaluation, cost).splitlines()
+
+
+def test_a_plan_follows_what_the_trainer_leaves_out(tmp_path):
+    lines = whole_plan(tmp_path, "trainer.limit_val_batches=0")
+    assert ", 0.0 s of validation (at most 0.0 s)" in lines[5]
+    lines = whole_plan(tmp_path, "trainer.fast_dev_run=2", "trainer.max_epochs=30", "trainer.limit_train_batches=9")
+    assert lines[1] == "updates      2: 1 epochs of 2, with 32 images each"
+
+
+@pytest.mark.parametrize(
+    ("limit", "world_size", "images"),
+    [(0, 1, 0), (2, 1, 64), (1, 2, 64), (0.5, 1, 128), (1.0, 1, 288), (1.0, 4, 288)],
+)
+def test_as_many_images_are_validated_as_the_limit_leaves(limit, world_size, images):
+    _, data = built("data.num_val=288", "data.eval_batch_size=32")
+    assert validated_images(data, limit, world_size) == images
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_epochs=0", "trainer.max_epochs=0: expected a whole number of at least 1"),
+        ("trainer.max_epochs=-1", "trainer.max_epochs=-1: expected a whole number of at least 1"),
+        ("trainer.strategy=fsdp", "trainer.strategy=fsdp: "),
+        ("+trainer.epochs=3", "trainer: Trainer.__init__\\(\\) got an unexpected keyword argument 'epochs'"),
+        ("+trick.momentum.decay=1", "trick.momentum: expected one of ema"),
+    ],
+)
+def test_a_plan_for_other_hardware_refuses_what_a_training_does(override, message, tmp_path):
+    with pytest.raises(build.ConfigError, match=f"^{message}"):
+        build.build_trainer(config("plan=h100", "trainer=ddp", "trainer.sync_batchnorm=true", override), tmp_path)
+
+
+def test_a_plan_for_other_hardware_minds_no_job_that_it_is_made_in(tmp_path, monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.setenv(name, "4")
+    monkeypatch.setenv("SLURM_JOB_NAME", "training")
+    build.build_trainer(config("plan=h100", "trainer=ddp", "trainer.devices=8"), tmp_path)
 
 
 def test_collectives_are_the_buckets_of_ddp_and_one_a_type_of_buffers():
@@ -217,5 +275,7 @@ def test_an_evaluation_takes_the_time_of_its_operations():
     evaluation, net = build.build_evaluation(cfg, data), build.build_classifier(cfg, data.num_classes)
     one, two = (plan(evaluation, net, HARDWARE["a100"], devices).seconds for devices in (1, 2))
     assert one[1] == 2 * one[0] == 2 * two[1] > 0
+    assert plan(evaluation, net, replace(HARDWARE["a100"], tf32=1.0)).seconds == one, "searches switch TF32 off"
+    assert plan(evaluation, net, replace(HARDWARE["a100"], fp32=1e9)).seconds > one, "convolutions included"
     slow = replace(HARDWARE["a100"], bandwidth=HARDWARE["a100"].bandwidth / 1e6)
     assert plan(evaluation, net, slow).seconds > one

@@ -13,6 +13,9 @@ from ares_lightning.build.config import ConfigError, one_line, plain, section
 from ares_lightning.hardware import HARDWARE, Hardware
 from ares_lightning.training.devices import PRECISIONS, device_settings, process_settings
 
+DEVICE_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm")
+"""Keys of `trainer` that say where a training runs."""
+
 
 def build_fabric(cfg: DictConfig) -> L.Fabric:
     """Build what starts the processes of `trainer` and gives each its device; nothing is started yet."""
@@ -39,15 +42,26 @@ def planned_devices(cfg: DictConfig) -> tuple[torch.device | Hardware, int]:
 
 
 def planned_precision(cfg: DictConfig) -> str:
-    """Return the precision of a training on what its plan is for; `auto` is bf16-mixed on all of that hardware."""
+    """Return the precision of a training on the hardware that `plan` names; `auto` is bf16-mixed on all of it."""
     precision = cfg.trainer.precision
-    with section("trainer"):
-        if cfg.plan is True:
-            keys = ("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm")
-            return str(device_settings(**{key: plain(cfg.trainer)[key] for key in keys})["precision"])
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision}: expected one of {', '.join(PRECISIONS)}")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision={precision}: expected one of {', '.join(PRECISIONS)}")
     return "bf16-mixed" if precision == "auto" else str(precision)
+
+
+def trainer_devices(cfg: DictConfig) -> dict[str, Any]:
+    """Return the arguments of the Trainer that say where it runs, once they have been looked at.
+
+    Where `plan` names hardware, which need not be there, a process of the CPU stands in for each node of it.
+    """
+    settings = {key: plain(cfg.trainer)[key] for key in DEVICE_KEYS}
+    if cfg.plan in HARDWARE:
+        planned_precision(cfg)
+        settings |= {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
+        if settings["sync_batchnorm"] is True:
+            settings["sync_batchnorm"] = False
+    with section("trainer"):
+        return device_settings(**settings)
 
 
 def _fabric(trainer: dict[str, Any]) -> L.Fabric:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, EarlyStopping
@@ -15,12 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from ares_lightning.attacks import make_attack
 from ares_lightning.attacks.attack import check_count
 from ares_lightning.build.config import ConfigError, one_line, plain, section
+from ares_lightning.build.devices import trainer_devices
 from ares_lightning.build.evaluation import build_threat
 from ares_lightning.build.own import TARGET, build_own
 from ares_lightning.evaluation.callback import PeriodicEvaluation
+from ares_lightning.hardware import HARDWARE
 from ares_lightning.training.checkpointing import AtomicCheckpointIO, Checkpoints
 from ares_lightning.training.cost import StepCost
-from ares_lightning.training.devices import device_settings
 from ares_lightning.training.forecast import Forecast
 from ares_lightning.training.metrics_file import MetricsFile
 from ares_lightning.training.module import MONITORED
@@ -47,10 +49,11 @@ def build_trainer(
             check_count(key, settings[key])
     if not settings["limit_train_batches"]:
         raise ConfigError("trainer.limit_train_batches=0: nothing would be trained; give a number above 0")
-    with section("trainer"):
-        settings |= device_settings(**{key: settings[key] for key in _DEVICE_KEYS})
+    settings |= trainer_devices(cfg)
     plugins: list[Any] = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+    if cfg.plan in HARDWARE:
+        plugins.append(LightningEnvironment())  # the processes of a job here are not those that are planned
+    elif SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # `stop` sees to signals
     debugging = bool(settings["fast_dev_run"])
     callbacks = _callbacks(cfg, run_dir, None if debugging else stop, cost, periodic, checkpoints=not debugging)
@@ -76,7 +79,6 @@ def build_trainer(
 
 _TRAINER_KEYS = ("compile", "activation_checkpointing")
 """Keys of `trainer` that are no arguments of lightning.Trainer."""
-_DEVICE_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm")
 
 
 def _callbacks(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ares_lightning.attacks.guard import guarded
+from ares_lightning.attacks.guard import full_precision, guarded
 from ares_lightning.attacks.passes import FORWARD_ROWS, Passes
 from ares_lightning.counting import AsOnCUDA, Trace, num_bytes, without_memory
 from ares_lightning.evaluation.asking import PRECISIONS
@@ -194,7 +194,11 @@ class _Seconds:
 
 
 def _counted(evaluation: Evaluation, net: nn.Module, hardware: Hardware) -> tuple[_Seconds, int]:
-    """Count the operations of the passes that searches make of full batches, and the memory they take."""
+    """Count the operations of the passes that searches make of full batches, and the memory they take.
+
+    Searches switch TF32 off, as `full_precision` does, so that float32 convolutions go at the rate of float32.
+    """
+    hardware = replace(hardware, tf32=hardware.fp32)
     size, (channels, height, width) = evaluation.batch_size, evaluation.dataset.example().shape
     search_on = fold_batchnorm(net.eval(), (channels, height, width)).network
     twin = without_memory(search_on, [search_on]).requires_grad_(False)
@@ -234,7 +238,7 @@ def _timed(evaluation: Evaluation, net: nn.Module, device: torch.device) -> tupl
         with torch.enable_grad():
             torch.autograd.grad(search_on(points).float().sum(), points)
 
-    with guarded(search_on, device, ("plan",)), _autocast(evaluation, device):
+    with guarded(search_on, device, ("plan",)), full_precision(device), _autocast(evaluation, device):
         alone = _median_seconds(forward, device) / len(images)
         together = _median_seconds(both, device) / len(batch)
     return _Seconds(alone, together), torch.cuda.max_memory_allocated(device) if on_cuda else None

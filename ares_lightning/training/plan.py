@@ -23,6 +23,9 @@ FIRST_IMAGES, STEP_SECONDS, TRIALS = 8, 2.0, 3
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes of gradients that DDP waits for before it reduces them, at first and then (torch's defaults)."""
 
+_AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""What a training computes in besides float32, by its precision."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -77,33 +80,36 @@ def plan_training(
 
     epochs, limit, accumulated, sync_batchnorm: max_epochs, limit_train_batches, accumulate_grad_batches and
     sync_batchnorm of the Trainer. averages: whether averaged weights are kept. on: a device at hand, on which a
-    few steps are timed, or hardware, for which their operations are counted.
+    few steps are timed, or hardware, for which their operations are counted. precision: 16-mixed is counted as
+    bf16-mixed is, for it takes as many bytes and, by the data sheets, goes at the same matrix rate.
 
     Memory is that of CUDA in eager mode, found without taking any: shapes alone go through the step. Where the size
     of the batch or of the images changes with the epoch, it is that of the largest. AWP is left out.
 
     Raises NotImplementedError for a network, objective or optimizer that looks at values.
     """
-    bf16 = precision != "32-true"
+    autocast = _AUTOCAST[precision]
     batches: Counter[tuple[int, int]] = Counter()
+    updates = 0
     side = data.train_set.example().shape[-1]
     for epoch in range(epochs):
         batch = data.batch_size_at(epoch), side if data.resolution is None else data.resolution.at(epoch)
-        batches[batch] += limited(data.steps_per_epoch(epoch, world_size), limit)
+        steps = limited(data.steps_per_epoch(epoch, world_size), limit)
+        batches[batch] += steps
+        updates += -(-steps // accumulated)
     memories, seconds = [], 0.0
     for (rows, pixels), number in batches.items():
         images = (rows * data.num_views, data.wishes.in_chans, pixels, pixels)
-        operations, memory = trace_step(module, images, bf16=bf16, averages=averages)
+        operations, memory = trace_step(module, images, bf16=autocast is not None, averages=averages)
         memories.append(memory)
         if isinstance(on, Hardware):
             seconds += number * on.seconds(operations, **REACHED)
         else:
             unit = 2 * data.repeats * data.num_views  # neighbours are mixed
-            seconds += number * measured_seconds(module, images, unit=unit, bf16=bf16, device=on)
+            seconds += number * measured_seconds(module, images, unit=unit, autocast=autocast, device=on)
     trained = [p for p in module.parameters() if p.requires_grad]
     reduced = num_bytes(trained) if world_size > 1 else 0
     sent = round(2 * (world_size - 1) / world_size * reduced)
-    updates = sum(batches.values()) // accumulated
     if isinstance(on, Hardware):
         seconds += updates * sent / on.link
     return TrainingPlan(
@@ -170,16 +176,22 @@ def trace_step(
 
 
 def measured_seconds(
-    module: RobustTraining, shape: tuple[int, ...], *, unit: int = 1, bf16: bool, device: torch.device
+    module: RobustTraining,
+    shape: tuple[int, ...],
+    *,
+    unit: int = 1,
+    autocast: torch.dtype | None,
+    device: torch.device,
 ) -> float:
     """Return the median time of some steps on images of this shape; they change the weights of `module`.
 
     Where a step takes long, it is that of a part of the images, a multiple of `unit`, times their number.
+    autocast: the type of 16 bits to compute in, if any.
     """
     module.to(device)
     module.setup("fit")
     module.train()
-    if bf16 and device.type == "cpu":
+    if autocast is not None and device.type == "cpu":
         split_attention(module.net)
     optimizer = module.optim.optimizer(module.net, module.auxiliary)
 
@@ -188,7 +200,7 @@ def measured_seconds(
         images = torch.rand(num_images, *shape[1:]).to(device, memory_format=torch.channels_last)
         labels = (ids % module.num_classes).to(device)
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
             loss, _ = module.loss(images, labels, ids)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
