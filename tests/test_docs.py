@@ -195,6 +195,16 @@ def newcomers(tmp_path_factory) -> Path:
     return folder
 
 
+def test_the_newcomers_page_says_how_long_each_step_took():
+    steps = json.loads((ROOT / "benchmarks" / "results" / "newcomer-cpu.json").read_text())["steps"]
+    *first, last = (f"{sum(step['seconds']):.0f}" for step in steps)
+    page = " ".join((ROOT / newcomer.PAGE).read_text().split())
+    assert f"{', '.join(first)} and {last} seconds" in page
+    assert [step["commands"] for step in steps] == [
+        list(s.commands) for s in newcomer.steps((ROOT / newcomer.PAGE).read_text())
+    ]
+
+
 def test_the_newcomers_commands_lead_from_images_to_a_comparison(newcomers):
     assert [step.title for step in newcomer.steps((ROOT / newcomer.PAGE).read_text())] == [
         "Install", "Demo", "Train on your own images", "Find out how robust it is",
