@@ -22,13 +22,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from ares_lightning.atomic import WriteError
 from ares_lightning.build import (
     ConfigError,
+    adopt,
+    adopt_for_evaluation,
     average_over_draws,
     build_classifier,
     build_data,
@@ -39,8 +41,6 @@ from ares_lightning.build import (
     build_trainer,
     check_keys,
     check_resumed,
-    check_trusted,
-    classes_named,
     end_loggers,
     planned_devices,
     prepare_logger,
@@ -48,6 +48,7 @@ from ares_lightning.build import (
     start_loggers,
     take_all_of_few,
     take_weights,
+    trust_own,
 )
 from ares_lightning.data import VARIANTS, ImageError
 from ares_lightning.evaluating import EvaluatorFailedError, run_evaluation
@@ -89,9 +90,6 @@ for _model in ZOO.values():
 
 Metrics = dict[str, float]
 
-MODELS_FACTS = ("in_chans", "img_size", "preprocess", "mean", "std")
-"""Keys of `data` that belong to a trained model, whichever images it is asked about."""
-
 _UNHELPFUL_WARNINGS = (
     ".*Experiment logs directory .* exists and is not empty",  # config.yaml does; an old run was refused
     ".*does not have many workers",  # the digits lie in memory
@@ -111,9 +109,10 @@ def train(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
 
 def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Metrics:
     with _checking():
+        trust_own(cfg)
         start = find_start(cfg)
         if start.config is not None:
-            _adopt(cfg, start.config, overrides, keep=("run_dir", "resume", "trust"))
+            adopt(cfg, start.config, overrides, keep=("run_dir", "resume", "trust"))
         check_keys(cfg)
         if start.checkpoint is not None:
             check_resumed(cfg, start.checkpoint)
@@ -213,12 +212,13 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
     overrides: what the command line set; model, data and threat come from the checkpoint where it is silent.
     """
     with _checking():
+        trust_own(cfg)
         path = None if cfg.ckpt is None else find_checkpoint(Path(cfg.ckpt))
         checkpoint = {} if path is None else read_checkpoint(path)
         if path is None:
             cfg.name = cfg.name or f"{cfg.model.key}-{cfg.data.name}"
         else:
-            _take_over(cfg, checkpoint["config"], overrides)
+            adopt_for_evaluation(cfg, checkpoint["config"], overrides)
         check_keys(cfg)
         average_over_draws(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -256,17 +256,6 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
     end_loggers(loggers)
     outcome.check()
     return outcome.metrics
-
-
-def _take_over(cfg: DictConfig, config: Any, overrides: tuple[str, ...]) -> None:
-    """Take model, data, threat and name from a checkpoint's config where the command line is silent."""
-    if any(override.startswith("model.weights=") for override in overrides):
-        raise ConfigError(f"model.weights={cfg.model.weights}: ckpt={cfg.ckpt} has the weights; give one of them")
-    saved = OmegaConf.create(config)
-    with open_dict(cfg):
-        cfg.name = cfg.name or saved.name
-        cfg.adv = saved.adv  # for the record: how the model was trained
-    _adopt(cfg, OmegaConf.create({key: saved[key] for key in ("model", "data", "threat")}), overrides)
 
 
 def _take_published(cfg: DictConfig, net: Classifier) -> str:
@@ -387,24 +376,3 @@ def _checking() -> Iterator[None]:
             f"the config cannot be used: {type(error).__name__}: {error}; "
             "--cfg job prints it, HYDRA_FULL_ERROR=1 shows where it failed"
         ) from error
-
-
-def _adopt(cfg: DictConfig, saved: Any, overrides: tuple[str, ...], keep: tuple[str, ...] = ()) -> None:
-    """Take what a checkpoint's config says over into `cfg`, except `keep` and what the command line sets."""
-    given = [override.lstrip("+~").partition("=")[0] for override in overrides]
-    if "threat.norm" in given and "threat.eps" not in given:
-        raise ConfigError("threat.norm: give threat.eps as well; the checkpoint's was meant for its norm")
-    trusted = classes_named(cfg) | set(cfg.trust)
-    with open_dict(cfg):
-        if "data" in given:
-            for key in MODELS_FACTS:
-                if f"data.{key}" not in given:
-                    cfg.data[key] = saved.data[key]
-        skipped = {*given, *keep, *(("threat",) if "data" in given else ())}
-        adopted = [key for key in saved if key not in skipped]
-        check_trusted([saved[key] for key in adopted], trusted, "the checkpoint")
-        for key in adopted:
-            own = {dotted: OmegaConf.select(cfg, dotted) for dotted in given if dotted.startswith(f"{key}.")}
-            cfg[key] = saved[key]
-            for dotted, value in own.items():
-                OmegaConf.update(cfg, dotted, value)

@@ -175,6 +175,8 @@ def test_a_checkpoint_does_not_say_what_is_imported(trained, tmp_path, monkeypat
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "evil.py").write_text("raise SystemExit('was run')")
     checkpoint = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    checkpoint["config"]["adv"]["_target_"] = "evil.Net"
+    torch.save(checkpoint, tmp_path / "accomplice.ckpt")
     checkpoint["config"]["model"]["_target_"] = "evil.Net"
     torch.save(checkpoint, tmp_path / "evil.ckpt")
     for asks in (
@@ -183,9 +185,10 @@ def test_a_checkpoint_does_not_say_what_is_imported(trained, tmp_path, monkeypat
         ["train.py", f"resume={tmp_path / 'evil.ckpt'}", f"run_dir={tmp_path}"],
     ):
         assert_one_line(here(*asks), r"evil\.Net.*, whose code would be run; give trust=")
-    asks = ["evaluate.py", f"ckpt={trained}", "trust=[examples]", "eval=[transfer]"]
     other = f"eval.transfer.models={{evil: {tmp_path / 'evil.ckpt'}}}"
-    assert_one_line(here(*asks, other, f"run_dir={tmp_path}"), r"evil\.Net, whose code would be run")
+    for first in (trained, tmp_path / "accomplice.ckpt"):
+        asks = ["evaluate.py", f"ckpt={first}", "trust=[examples]", "eval=[transfer]", other]
+        assert_one_line(here(*asks, f"run_dir={tmp_path}"), r"evil\.Net, whose code would be run")
     with pytest.raises(ValueError, match=r"evil\.Net, whose code would be run"):
         export(tmp_path / "evil.ckpt", "safetensors", output=tmp_path / "export")
 

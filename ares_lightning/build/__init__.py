@@ -1,5 +1,6 @@
 """The one place where a composed config becomes objects, and where bad values become clear errors."""
 
+from ares_lightning.build.adopt import adopt, adopt_for_evaluation
 from ares_lightning.build.config import ConfigError, check_keys
 from ares_lightning.build.data import build_data
 from ares_lightning.build.devices import build_fabric, planned_devices, planned_precision
@@ -7,13 +8,15 @@ from ares_lightning.build.evaluation import build_evaluation, build_evaluators, 
 from ares_lightning.build.loggers import end_loggers, prepare_logger, start_loggers
 from ares_lightning.build.model import average_over_draws, build_classifier, take_weights
 from ares_lightning.build.objective import build_objective
-from ares_lightning.build.own import check_trusted, classes_named
+from ares_lightning.build.own import check_trusted, trust_own
 from ares_lightning.build.periodic import build_periodic
 from ares_lightning.build.trainer import build_trainer, check_resumed
 from ares_lightning.build.training import build_module, rehearse
 
 __all__ = [
     "ConfigError",
+    "adopt",
+    "adopt_for_evaluation",
     "average_over_draws",
     "build_classifier",
     "build_data",
@@ -28,7 +31,6 @@ __all__ = [
     "check_keys",
     "check_resumed",
     "check_trusted",
-    "classes_named",
     "end_loggers",
     "planned_devices",
     "planned_precision",
@@ -37,4 +39,5 @@ __all__ = [
     "start_loggers",
     "take_all_of_few",
     "take_weights",
+    "trust_own",
 ]

@@ -65,8 +65,6 @@ def check_keys(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}: no such key; {HOW_TO_LIST_KEYS}")
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         raise ConfigError(f"seed={cfg.seed}: expected a whole number from 0 to 4294967295")
-    if not OmegaConf.is_list(cfg.trust) or not all(isinstance(name, str) for name in cfg.trust):
-        raise ConfigError(f"trust={cfg.trust}: expected a list of classes or modules, such as [mine.MyNet]")
     if type(cfg.compile) is not bool:
         raise ConfigError(f"compile={cfg.compile}: expected true or false")
     if type(cfg.plan) is not bool and cfg.plan not in HARDWARE:

@@ -12,7 +12,7 @@ from ares_lightning.attacks import Threat, parse_budget
 from ares_lightning.build.budgets import build_attack
 from ares_lightning.build.config import HOW_TO_LIST_KEYS, ConfigError, plain, section
 from ares_lightning.build.model import build_classifier, take_weights
-from ares_lightning.build.own import TARGET, build_own, check_trusted, classes_named, own_class
+from ares_lightning.build.own import TARGET, build_own, check_trusted, own_class
 from ares_lightning.models import (
     Classifier,
     load_network,
@@ -94,7 +94,7 @@ def _teacher(cfg: DictConfig, num_classes: int) -> Classifier:
             f"teacher={teacher}: knows {saved.data.num_classes} classes of {saved.data.img_size} pixels, the "
             f"student {num_classes} of {cfg.data.img_size}"
         )
-    check_trusted(saved.model, classes_named(cfg) | set(cfg.trust), "its checkpoint")
+    check_trusted(saved.model, cfg.trust, "its checkpoint")
     net = build_classifier(saved, num_classes)
     load_network(net, trained_weights(checkpoint, path, None), path)
     return net

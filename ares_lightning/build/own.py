@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from ares_lightning.build.config import ConfigError, one_line
 
@@ -61,12 +61,19 @@ def classes_named(config: Any) -> set[str]:
     return named.union(*map(classes_named, content.values()))
 
 
-def check_trusted(config: Any, trusted: Collection[str], key: str) -> None:
-    """Raise ConfigError for a class in a checkpoint's `config` that the user has not named: its code would be run.
+def trust_own(cfg: DictConfig) -> None:
+    """Add the classes that a user's config names to `trust`, before anything of a checkpoint comes into it."""
+    if not OmegaConf.is_list(cfg.trust) or not all(isinstance(name, str) for name in cfg.trust):
+        raise ConfigError(f"trust={cfg.trust}: expected a list of classes or modules, such as [mine.MyNet]")
+    cfg.trust = [*cfg.trust, *sorted(classes_named(cfg) - set(cfg.trust))]
 
-    trusted: classes, or modules of such. key: of the checkpoint, for the message.
+
+def check_trusted(config: Any, trust: Collection[str], key: str) -> None:
+    """Raise ConfigError for a class in a checkpoint's `config` that `trust` does not name: its code would be run.
+
+    trust: classes, or modules of such. key: of the checkpoint, for the message.
     """
-    known = tuple(f"{name}." for name in trusted)
+    known = tuple(f"{name}." for name in trust)
     unknown = sorted(name for name in classes_named(config) if not f"{name}.".startswith(known))
     if unknown:
         raise ConfigError(

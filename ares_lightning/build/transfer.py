@@ -12,7 +12,7 @@ from ares_lightning.attacks import Attack, Threat
 from ares_lightning.build.budgets import attack_at_budget
 from ares_lightning.build.config import ConfigError, section
 from ares_lightning.build.model import build_classifier, take_weights
-from ares_lightning.build.own import TARGET, check_trusted, classes_named
+from ares_lightning.build.own import TARGET, check_trusted
 from ares_lightning.data import ImageSet
 from ares_lightning.evaluation.fingerprints import model_fingerprint
 from ares_lightning.evaluation.sets import NothingFoundError
@@ -144,8 +144,7 @@ def _other(name: str, model: Any, cfg: DictConfig, dataset: ImageSet) -> OtherMo
                     f"models={model}: has data.{key}={config.data[key]}, the evaluated model {cfg.data[key]}; give "
                     "models for the same images and classes"
                 )
-        trusted = classes_named(cfg) | set(cfg.trust)
-        check_trusted(config.model, trusted, f"eval.transfer.models={model}: its checkpoint")
+        check_trusted(config.model, cfg.trust, f"eval.transfer.models={model}: its checkpoint")
         classifier = build_classifier(config, config.data.num_classes)
         load_network(classifier, trained_weights(checkpoint, path, None), path)
     else:
