@@ -19,13 +19,22 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "scaling.md"
 
 
-@pytest.fixture(scope="module")
-def scaling():
+def imported(name: str):
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        yield importlib.import_module("scaling")
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def scaling():
+    return imported("scaling")
+
+
+@pytest.fixture(scope="module")
+def simulation():
+    return imported("simulation")
 
 
 def ledger(seed: int, num_samples: int, num_stages: int) -> pd.DataFrame:
@@ -39,17 +48,17 @@ def ledger(seed: int, num_samples: int, num_stages: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["sample_id", "attack", "forwards", "backwards", "broken"])
 
 
-def step_by_step(scaling, rows: pd.DataFrame, processes: int, anew: bool, least_rows: int) -> int:
+def step_by_step(simulation, rows: pd.DataFrame, processes: int, anew: bool, least_rows: int) -> int:
     """When the last process is done, one call of the network after the other."""
     clocks = [0] * processes
     ids = sorted(rows["sample_id"].unique())
     for attack in dict.fromkeys(rows["attack"]):
         put = rows[rows["attack"] == attack].set_index("sample_id")
-        spent = (put["forwards"] + put["backwards"] + scaling.CHECKS).to_dict()
+        spent = (put["forwards"] + put["backwards"] + simulation.CHECKS).to_dict()
         left = [i for i in ids if i in spent] if anew else ids
         for rank in range(processes):
             share = [i for i in left[rank::processes] if i in spent]
-            size = scaling.NUM_PACKED * scaling.BATCH_SIZE
+            size = simulation.NUM_PACKED * simulation.BATCH_SIZE
             for begin in range(0, len(share), size):
                 calls = [spent[i] for i in share[begin : begin + size]]
                 while calls:
@@ -63,34 +72,34 @@ def step_by_step(scaling, rows: pd.DataFrame, processes: int, anew: bool, least_
 @pytest.mark.parametrize("anew", [True, False])
 @pytest.mark.parametrize("least_rows", [1, 5])
 @pytest.mark.parametrize("processes", [1, 3, 8, 64])
-def test_the_simulation_is_what_happens_call_by_call(scaling, monkeypatch, anew, least_rows, processes):
-    monkeypatch.setattr(scaling, "BATCH_SIZE", 2)  # packs of 8
+def test_the_simulation_is_what_happens_call_by_call(simulation, monkeypatch, anew, least_rows, processes):
+    monkeypatch.setattr(simulation, "BATCH_SIZE", 2)  # packs of 8
     rows = ledger(processes, 40, 3)
-    samples = scaling.samples_of(rows)
-    found = scaling.makespan(samples, processes, anew=anew, least_rows=least_rows)
-    assert found == step_by_step(scaling, rows, processes, anew, least_rows)
+    samples = simulation.samples_of(rows)
+    found = simulation.makespan(samples, processes, anew=anew, least_rows=least_rows)
+    assert found == step_by_step(simulation, rows, processes, anew, least_rows)
 
 
-def test_what_is_known_in_closed_form(scaling):
-    samples = scaling.samples_of(ledger(1, 50, 4))
+def test_what_is_known_in_closed_form(simulation):
+    samples = simulation.samples_of(ledger(1, 50, 4))
     for anew in True, False:
-        assert scaling.makespan(samples, 1, anew=anew) == samples.work, "one process does all of it"
+        assert simulation.makespan(samples, 1, anew=anew) == samples.work, "one process does all of it"
     longest = samples.passes.max(0).sum()
-    assert scaling.makespan(samples, 1024, anew=True) == longest, "each waits for the longest of each stage"
-    assert scaling.makespan(samples, 1024, anew=False) == samples.passes.sum(1).max() <= longest
-    alike = scaling.Samples(np.full((64, 2), 7), np.full((64, 2), True))
+    assert simulation.makespan(samples, 1024, anew=True) == longest, "each waits for the longest of each stage"
+    assert simulation.makespan(samples, 1024, anew=False) == samples.passes.sum(1).max() <= longest
+    alike = simulation.Samples(np.full((64, 2), 7), np.full((64, 2), True))
     for processes in 2, 16, 64:
-        assert scaling.makespan(alike, processes, anew=True) * processes == alike.work
-    assert scaling.pack_time(np.array([10, 4]), 1) == 14
-    assert scaling.pack_time(np.array([10, 4]), 8) == 80, "two rows cost what eight do"
+        assert simulation.makespan(alike, processes, anew=True) * processes == alike.work
+    assert simulation.pack_time(np.array([10, 4]), 1) == 14
+    assert simulation.pack_time(np.array([10, 4]), 8) == 80, "two rows cost what eight do"
     drawn = samples.drawn(500, seed=0)
     assert len(drawn) == 500
     assert drawn.work / 500 == pytest.approx(samples.work / 50, rel=0.15)
     assert drawn.work == samples.drawn(500, seed=0).work
 
 
-def test_the_simulated_ledger_is_one_of_autoattack(scaling):
-    rows = scaling.read_ledger(RESULTS / "scaling-ledger.csv", "autoattack")
+def test_the_simulated_ledger_is_one_of_autoattack(simulation):
+    rows = simulation.read_ledger(RESULTS / "scaling-ledger.csv", "autoattack")
     stages = list(dict.fromkeys(rows["attack"]))
     assert stages == ["apgd_ce", "apgd_t", "fab_t", "square"][: len(stages)]
     left = set(rows["sample_id"])
@@ -101,13 +110,13 @@ def test_the_simulated_ledger_is_one_of_autoattack(scaling):
         left = set(put.loc[put["broken"] == 0, "sample_id"])
     report = json.loads((RESULTS / "scaling-processes.json").read_text())
     assert report["robust"] == pytest.approx(len(left) / rows["sample_id"].nunique())
-    known = scaling.samples_of(rows)
+    known = simulation.samples_of(rows)
     for row in report["rows"]:
-        if row["samples"] == min(scaling.SAMPLES) and row["processes"] in (1, 64, 1024):
+        if row["samples"] == min(simulation.SAMPLES) and row["processes"] in (1, 64, 1024):
             samples = known.drawn(row["samples"], report["seed"])
             for name, anew in (("anew", True), ("static", False)):
                 count, least = row["processes"], row["least_rows"]
-                assert row["makespan"][name] == scaling.makespan(samples, count, anew=anew, least_rows=least)
+                assert row["makespan"][name] == simulation.makespan(samples, count, anew=anew, least_rows=least)
 
 
 @pytest.mark.parametrize("part", ["hardware", "steps", "suites", "processes"])
