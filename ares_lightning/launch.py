@@ -42,7 +42,6 @@ from ares_lightning.build import (
     check_keys,
     check_resumed,
     end_loggers,
-    planned_devices,
     prepare_logger,
     rehearse,
     start_loggers,
@@ -53,13 +52,12 @@ from ares_lightning.build import (
 from ares_lightning.data import VARIANTS, ImageError
 from ares_lightning.evaluating import EvaluatorFailedError, run_evaluation
 from ares_lightning.evaluation.dashboards import log_evaluation
-from ares_lightning.evaluation.plan import plan
 from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.evaluation.workers import Workers
 from ares_lightning.models import ZOO, CheckpointError, Classifier, load_network, read_checkpoint
 from ares_lightning.models.checkpoints import find_checkpoint
 from ares_lightning.models.weights import trained_weights
-from ares_lightning.planning import training_plan
+from ares_lightning.planning import evaluation_plan, training_plan
 from ares_lightning.run_folder import (
     find_start,
     inherited,
@@ -132,7 +130,7 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         trainer = build_trainer(cfg, run_dir, stop, cost=cost, periodic=build_periodic(cfg, data, run_dir))
         if cfg.plan:
             if is_main_process():
-                print(training_plan(cfg, trainer, module, data, evaluation, cost))
+                print(training_plan(cfg, trainer, module, data, evaluation, cost, start.checkpoint))
             return {}
     if is_main_process():
         for line in filter(None, (taken, few)):
@@ -235,7 +233,7 @@ def evaluate(cfg: DictConfig, overrides: tuple[str, ...] = ()) -> Metrics:
             load_network(net, trained_weights(checkpoint, path, cfg.weights), path)
         if cfg.plan:
             if is_main_process():
-                print(plan(evaluation, net, *planned_devices(cfg)).text)
+                print(evaluation_plan(cfg, evaluation, net).text)
             return {}
         fabric = build_fabric(cfg)
         run_dir = Path(cfg.run_dir or Path(cfg.launch.root) / str(cfg.name) / evaluation.fingerprint(net))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import lightning as L
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
-from ares_lightning.build import ConfigError, planned_devices, planned_precision
+from ares_lightning.build import ConfigError, one_line, planned_devices, planned_precision
 from ares_lightning.data import RobustDataModule, select_subset
 from ares_lightning.evaluation.evaluators import AttackEvaluator
-from ares_lightning.evaluation.plan import device_name, duration, plan
+from ares_lightning.evaluation.plan import Plan, device_name, duration, plan
 from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.hardware import Hardware
 from ares_lightning.training import RobustTraining
@@ -30,10 +32,12 @@ def training_plan(
     data: RobustDataModule,
     evaluation: Evaluation,
     cost: StepCost | None,
+    checkpoint: dict[str, Any] | None = None,
 ) -> str:
     """Return what a training will cost on the devices that `plan` names, as lines; nothing is written.
 
-    trainer: that of the training, which knows what trainer.fast_dev_run leaves of it.
+    trainer: that of the training, which knows what trainer.fast_dev_run leaves of it. checkpoint: with which it
+    goes on; what is behind it does not count.
 
     Raises ConfigError where the step cannot be followed, or has no room here.
     """
@@ -46,12 +50,19 @@ def training_plan(
         )
     on, world_size = planned_devices(cfg)
     precision = planned_precision(cfg) if isinstance(on, Hardware) else str(trainer.precision)
-    epochs, tricks = trainer.max_epochs or 0, cfg.get("trick") or {}
+    tricks = cfg.get("trick") or {}
+    done, taken = (0, 0) if checkpoint is None else _behind(checkpoint)
+    epochs = range(done, trainer.max_epochs or 0)
+    if not epochs:
+        raise ConfigError(
+            f"plan={cfg.plan}: all {done} epochs are behind the checkpoint; evaluate.py plans the rest"
+        )
     try:
         planned = plan_training(
             module,
             data,
             epochs=epochs,
+            taken=taken,
             limit=trainer.limit_train_batches,
             accumulated=trainer.accumulate_grad_batches,
             precision=precision,
@@ -62,7 +73,8 @@ def training_plan(
         )
     except RuntimeError as error:
         raise ConfigError(f"plan={cfg.plan}: {' '.join(str(error).split())}") from error
-    net, times, expected, most = module.net, epochs // (trainer.check_val_every_n_epoch or 1), 0.0, 0.0
+    every = trainer.check_val_every_n_epoch or 1
+    net, times, expected, most = module.net, epochs.stop // every - epochs.start // every, 0.0, 0.0
     images = validated_images(data, trainer.limit_val_batches, world_size)
     if images:
         validation = replace(
@@ -71,7 +83,7 @@ def training_plan(
             dataset=select_subset(data.val_set, f"first:{images}"),
             precision="fp32",  # as its attack is called
         )
-        expected, most = plan(validation, net, on, world_size).seconds
+        expected, most = evaluation_plan(cfg, validation, net).seconds
     lines = [
         f"training on {world_size} x {device_name(on)}, {precision}",
         *_steps(planned, cost, epochs),
@@ -87,10 +99,21 @@ def training_plan(
     if cfg.callbacks.periodic.every_n_epochs is not None:
         lines.append("not in it    the evaluations of callbacks.periodic")
     if evaluation.evaluators:
-        at_end = plan(evaluation, net, on, world_size)
+        at_end = evaluation_plan(cfg, evaluation, net)
         total, total_most = (one + other for one, other in zip((total, total_most), at_end.seconds, strict=True))
         lines += ["evaluation at the end", *(f"  {line}" for line in at_end.text.splitlines())]
     return "\n".join([*lines, f"in all       {duration(total)}, at most {duration(total_most)}"])
+
+
+def evaluation_plan(cfg: DictConfig, evaluation: Evaluation, net: nn.Module) -> Plan:
+    """Return what an evaluation of `net` will cost on the devices that `plan` names.
+
+    Raises ConfigError where the network cannot be followed, or has no room here.
+    """
+    try:
+        return plan(evaluation, net, *planned_devices(cfg))
+    except (NotImplementedError, RuntimeError) as error:
+        raise ConfigError(f"plan={cfg.plan}: the network cannot be followed: {one_line(error)}") from error
 
 
 def validated_images(data: RobustDataModule, limit: int | float, world_size: int) -> int:
@@ -99,10 +122,20 @@ def validated_images(data: RobustDataModule, limit: int | float, world_size: int
     return min(limited(-(-of_each // size), limit) * size * world_size, len(data.val_set))
 
 
-def _steps(planned: TrainingPlan, cost: StepCost, epochs: int) -> list[str]:
-    images, updates = planned.images / epochs, planned.updates / epochs
+def _behind(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """Return how many epochs a checkpoint has behind it, and how many batches of the next."""
+    fit = checkpoint["loops"]["fit_loop"]
+    batches = fit["epoch_loop.batch_progress"]
+    taken = 0 if batches["is_last_batch"] else batches["current"]["processed"]
+    return fit["epoch_progress"]["current"]["processed"], taken
+
+
+def _steps(planned: TrainingPlan, cost: StepCost, epochs: range) -> list[str]:
+    images, updates = planned.images / len(epochs), planned.updates / len(epochs)
+    told = f"{len(epochs)} epochs of {updates:,.0f}, with {images:,.0f} images each"
+    left = f", what is left of {epochs.stop} epochs" if epochs.start else ""
     return [
-        f"updates      {planned.updates:,}: {epochs} epochs of {updates:,.0f}, with {images:,.0f} images each",
+        f"updates      {planned.updates:,}: {told}{left}",
         f"a step       {planned.batch} images on each device, {cost}",
     ]
 

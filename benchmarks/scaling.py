@@ -181,7 +181,7 @@ def _built(cfg: Any) -> tuple[RobustTraining, Any]:
 
 def _predicted_step(network: str, batch_size: int) -> float:
     module, data = _built(_composed(network, batch_size))
-    planned = plan_training(module, data, epochs=1, on=torch.device("cpu"))
+    planned = plan_training(module, data, epochs=range(1), on=torch.device("cpu"))
     return planned.seconds / planned.updates
 
 

@@ -286,6 +286,20 @@ def test_an_own_attack_does_not_bear_the_name_of_one_of_ours():
         build_attack({"_target_": "mine_autoattack.Mine"})
 
 
+def test_two_own_attacks_in_one_evaluation_do_not_bear_one_name():
+    same = """
+        from dataclasses import dataclass
+        import mine_own
+        @dataclass(frozen=True, kw_only=True)
+        class Mine(mine_own.Shift):
+            name = "brightness"
+    """
+    written("mine_same", same)
+    others = "+eval.other={type: attack, attack: {_target_: mine_same.Mine}}"
+    with pytest.raises(build.ConfigError, match=r"^eval\.other\.attack: mine_own\..* both called brightness; set"):
+        build.build_evaluators(composed("evaluate", "eval=[]", asked("Brightness"), others), None, None)
+
+
 def test_an_attack_that_leaves_its_budget_or_the_box_is_refused():
     def brighter_than(threshold: float):
         means = torch.tensor([[-1.0, 1.0]])

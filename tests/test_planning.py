@@ -9,7 +9,7 @@ import pytest
 import torch
 from networks import SmallNet
 from processes import assert_one_line, here
-from torch import Tensor
+from torch import Tensor, nn
 from trainings import config, fit
 
 from ares_lightning import build
@@ -18,7 +18,7 @@ from ares_lightning.counting import AsOnCUDA, Operation, Trace, without_memory
 from ares_lightning.evaluation.plan import plan
 from ares_lightning.hardware import HARDWARE, REACHED
 from ares_lightning.models import make_classifier
-from ares_lightning.planning import training_plan, validated_images
+from ares_lightning.planning import evaluation_plan, training_plan, validated_images
 from ares_lightning.training.cost import step_cost
 from ares_lightning.training.objectives import AdversarialTraining, InnerAttack
 from ares_lightning.training.plan import num_collectives, plan_training, trace_step
@@ -86,7 +86,7 @@ def test_what_cannot_be_planned_names_its_key(overrides, message):
 
 def test_updates_and_bytes_follow_from_the_settings():
     module, data = built("data.batch_size={0: 64, 1: 32}", "trainer.max_epochs=2")
-    planned = plan_training(module, data, epochs=2, accumulated=3, world_size=2, on=HARDWARE["a100"])
+    planned = plan_training(module, data, epochs=range(2), accumulated=3, world_size=2, on=HARDWARE["a100"])
     images = len(data.train_set)
     batches = [images // 128, images // 64]
     assert planned.images == 128 * batches[0] + 64 * batches[1]
@@ -94,9 +94,9 @@ def test_updates_and_bytes_follow_from_the_settings():
     assert planned.batch == 64
     size = sum(p.numel() * 4 for p in module.net.parameters())
     assert planned.reduced == planned.sent == size, "a ring of two: each sends half of it twice"
-    eight = plan_training(module, data, epochs=1, world_size=8, on=HARDWARE["a100"])
+    eight = plan_training(module, data, epochs=range(1), world_size=8, on=HARDWARE["a100"])
     assert eight.sent == pytest.approx(2 * 7 / 8 * size, abs=1)
-    alone = plan_training(module, data, epochs=1, limit=3, on=HARDWARE["a100"])
+    alone = plan_training(module, data, epochs=range(1), limit=3, on=HARDWARE["a100"])
     assert (alone.reduced, alone.sent, alone.collectives, alone.updates) == (0, 0, 0, 3)
     assert alone.memory.gradients == size
     assert alone.memory.optimizer == pytest.approx(2 * size, rel=0.01), "AdamW has two numbers for each weight"
@@ -107,18 +107,18 @@ def test_updates_are_those_that_a_training_makes(tmp_path):
         tmp_path, "trainer.max_epochs=3", "trainer.limit_train_batches=3", "trainer.accumulate_grad_batches=2"
     )
     module, data = built()
-    few = plan_training(module, data, epochs=3, limit=3, accumulated=2, on=HARDWARE["a100"])
+    few = plan_training(module, data, epochs=range(3), limit=3, accumulated=2, on=HARDWARE["a100"])
     assert few.updates == run.trainer.global_step == sum(run.module.steps_by_epoch(3)) == 6
-    assert plan_training(module, data, epochs=3, limit=19, accumulated=4, on=HARDWARE["a100"]).updates == 15
+    assert plan_training(module, data, epochs=range(3), limit=19, accumulated=4, on=HARDWARE["a100"]).updates == 15
 
 
-def whole_plan(folder, *overrides: str) -> list[str]:
+def whole_plan(folder, *overrides: str, checkpoint=None) -> list[str]:
     """The lines of a training's plan for an H100."""
     cfg = config("plan=h100", *overrides)
     module, data = built(*overrides)
     trainer = build.build_trainer(cfg, folder)
     evaluation, cost = build.build_evaluation(cfg, data), build.rehearse(module, data)
-    return training_plan(cfg, trainer, module, data, evaluation, cost).splitlines()
+    return training_plan(cfg, trainer, module, data, evaluation, cost, checkpoint).splitlines()
 
 
 def test_a_plan_follows_what_the_trainer_leaves_out(tmp_path):
@@ -126,6 +126,43 @@ def test_a_plan_follows_what_the_trainer_leaves_out(tmp_path):
     assert ", 0.0 s of validation (at most 0.0 s)" in lines[5]
     lines = whole_plan(tmp_path, "trainer.fast_dev_run=2", "trainer.max_epochs=30", "trainer.limit_train_batches=9")
     assert lines[1] == "updates      2: 1 epochs of 2, with 32 images each"
+
+
+def test_a_plan_of_a_training_that_goes_on_has_what_is_left(tmp_path):
+    checkpoint = fit(tmp_path / "run", "trainer.max_epochs=1").checkpoint()
+    lines = whole_plan(tmp_path, "trainer.max_epochs=3", checkpoint=checkpoint)
+    assert lines[1] == "updates      6: 2 epochs of 3, with 48 images each, what is left of 3 epochs"
+    with pytest.raises(build.ConfigError, match="all 1 epochs are behind the checkpoint"):
+        whole_plan(tmp_path, checkpoint=checkpoint)
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    fit_loop["epoch_progress"]["current"] |= {"ready": 2, "started": 2}
+    fit_loop["epoch_loop.batch_progress"]["is_last_batch"] = False
+    fit_loop["epoch_loop.batch_progress"]["current"]["processed"] = 2
+    lines = whole_plan(tmp_path, "trainer.max_epochs=3", checkpoint=checkpoint)
+    assert lines[1].startswith("updates      4: 2 epochs of 2,")
+
+
+class LooksAtValues(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.scale = nn.Linear(64, 10), torch.tensor(2.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(images.flatten(1) * self.scale) if images.mean() > 0 else self.head(images.flatten(1))
+
+
+def test_a_network_that_looks_at_values_trains_but_cannot_be_planned():
+    module, data = built()
+    module.net.backbone = LooksAtValues()
+    assert build.rehearse(module, data) is None
+    cfg = config("plan=h100", "eval=[clean]")
+    with pytest.raises(build.ConfigError, match=r"^plan=h100: the network cannot be followed: .*meta"):
+        evaluation_plan(cfg, build.build_evaluation(cfg, data), module.net)
+
+
+def test_a_network_with_a_random_defense_trains_and_can_be_planned():
+    module, data = built("model.defense=random_resize_pad")
+    assert build.rehearse(module, data) is not None
 
 
 @pytest.mark.parametrize(

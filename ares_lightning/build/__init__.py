@@ -1,7 +1,7 @@
 """The one place where a composed config becomes objects, and where bad values become clear errors."""
 
 from ares_lightning.build.adopt import adopt, adopt_for_evaluation
-from ares_lightning.build.config import ConfigError, check_keys
+from ares_lightning.build.config import ConfigError, check_keys, one_line
 from ares_lightning.build.data import build_data
 from ares_lightning.build.devices import build_fabric, planned_devices, planned_precision
 from ares_lightning.build.evaluation import build_evaluation, build_evaluators, build_threat, take_all_of_few
@@ -32,6 +32,7 @@ __all__ = [
     "check_resumed",
     "check_trusted",
     "end_loggers",
+    "one_line",
     "planned_devices",
     "planned_precision",
     "prepare_logger",

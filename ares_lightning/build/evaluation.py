@@ -114,7 +114,20 @@ def _built(cfg: DictConfig, data: RobustDataModule, dataset: ImageSet) -> tuple[
                 if needed:
                     raise
                 left_out.append(name)
+    _check_names_of_attacks(evaluators)
     return evaluators, tuple(left_out)
+
+
+def _check_names_of_attacks(evaluators: Sequence[Evaluator]) -> None:
+    """Raise ConfigError for two classes of attack with one name: the verdicts tell attacks apart by it."""
+    known: dict[str, type] = {}
+    for evaluator in evaluators:
+        attack = getattr(evaluator, "attack", None)
+        if attack is not None and known.setdefault(attack.name, type(attack)) is not type(attack):
+            one, other = (f"{kind.__module__}.{kind.__qualname__}" for kind in (known[attack.name], type(attack)))
+            raise ConfigError(
+                f"eval.{evaluator.name}.attack: {one} and {other} are both called {attack.name}; set `name` in one"
+            )
 
 
 @dataclass(frozen=True)

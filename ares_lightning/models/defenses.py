@@ -124,7 +124,7 @@ class RandomResizePad(Defense):
         crop = torch.randint(len(self.crops), (num_images,)).where(is_shrunk, len(self.crops))
         place = torch.randint(3, (2, num_images))
         down, across = (3 * crop + place).to(images.device, non_blocking=True)
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast("cpu" if images.is_meta else images.device.type, enabled=False):
             rows = self._resamplings(images.shape[2], images)[down]
             columns = self._resamplings(images.shape[3], images)[across]
             resized: Tensor = rows[:, None] @ images @ columns.mT[:, None]

@@ -67,7 +67,8 @@ def plan_training(
     module: RobustTraining,
     data: RobustDataModule,
     *,
-    epochs: int,
+    epochs: range,
+    taken: int = 0,
     limit: int | float = 1.0,
     accumulated: int = 1,
     precision: str = "32-true",
@@ -78,10 +79,11 @@ def plan_training(
 ) -> TrainingPlan:
     """Return what a training costs on so many devices of this kind; nothing is written, but `module` is moved.
 
-    epochs, limit, accumulated, sync_batchnorm: max_epochs, limit_train_batches, accumulate_grad_batches and
-    sync_batchnorm of the Trainer. averages: whether averaged weights are kept. on: a device at hand, on which a
-    few steps are timed, or hardware, for which their operations are counted. precision: 16-mixed is counted as
-    bf16-mixed is, for it takes as many bytes and, by the data sheets, goes at the same matrix rate.
+    epochs: those to come, one at least, of which so many batches of the first are `taken`. limit, accumulated,
+    sync_batchnorm: limit_train_batches, accumulate_grad_batches and sync_batchnorm of the Trainer. averages:
+    whether averaged weights are kept. on: a device at hand, on which a few steps are timed, or hardware, for which
+    their operations are counted. precision: 16-mixed is counted as bf16-mixed is, for it takes as many bytes and,
+    by the data sheets, goes at the same matrix rate.
 
     Memory is that of CUDA in eager mode, found without taking any: shapes alone go through the step. Where the size
     of the batch or of the images changes with the epoch, it is that of the largest. AWP is left out.
@@ -92,9 +94,9 @@ def plan_training(
     batches: Counter[tuple[int, int]] = Counter()
     updates = 0
     side = data.train_set.example().shape[-1]
-    for epoch in range(epochs):
+    for epoch in epochs:
         batch = data.batch_size_at(epoch), side if data.resolution is None else data.resolution.at(epoch)
-        steps = limited(data.steps_per_epoch(epoch, world_size), limit)
+        steps = limited(data.steps_per_epoch(epoch, world_size), limit) - (taken if epoch == epochs.start else 0)
         batches[batch] += steps
         updates += -(-steps // accumulated)
     memories, seconds = [], 0.0

@@ -121,6 +121,9 @@ def test_a_larger_budget_must_break_what_a_smaller_one_does():
     assert checks(small, large, attacks=attacks)["monotone_in_budget"].verdict == "fail"
     others = [("a", pgd(steps=20)), ("b", pgd(steps=40).replace(eps=0.2))]
     assert checks(small, large, attacks=others)["monotone_in_budget"].verdict == "not asked"
+    twin = rows("pgd", range(20), evaluator="b")
+    alike = [("a", pgd(steps=20)), ("b", pgd(steps=20))]
+    assert checks(small, twin, attacks=alike)["monotone_in_budget"].verdict == "not asked", "budgets are equal"
 
 
 def test_more_steps_break_what_fewer_do_and_twice_as_many_no_more():

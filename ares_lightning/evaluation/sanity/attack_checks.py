@@ -205,8 +205,11 @@ def _stronger_break_more(runs: Sequence[Run]) -> Check:
 def _more_budget_breaks_more(runs: Sequence[Run]) -> Check:
     findings = []
     for same in _alike(runs, ()):
-        same.sort(key=lambda run: run.eps)
-        for smaller, larger in pairwise(same):
+        budgets = sorted({run.eps for run in same})
+        neighbours = (
+            (a, b) for low, high in pairwise(budgets) for a in same for b in same if (a.eps, b.eps) == (low, high)
+        )
+        for smaller, larger in neighbours:
             text = f"broken by {smaller.evaluator} at {smaller.eps:.4g} and not at {larger.eps:.4g}"
             findings.append(_Finding(text, *_lost([smaller], [larger]), HEURISTIC))
     return _verdict(
