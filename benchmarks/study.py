@@ -1,14 +1,14 @@
 """A study on CIFAR-10: trainings with the recipes of this project, each evaluated in every way, and what was found.
 
-    python benchmarks/study.py --data cifar10 --runs runs/study --output docs/results/study-cpu.json \
-        --figure docs/results/study.png
-    python benchmarks/study.py --data cifar10 --recipes speedrun --output docs/results/speedrun-cpu.json
+    python benchmarks/study.py --data cifar10 --output study.json --figure study.png
+    python benchmarks/study.py --data cifar10 --recipes speedrun --output speedrun.json
 
 Every training is `python train.py experiment=cifar10_…`, every evaluation `python evaluate.py` on its best
-checkpoint by robust accuracy on images held out of the training. The last evaluation has the transfer matrix of all
-networks. Differences between two networks are paired: on the same images, with the exact test of McNemar. What is
-in --runs already is gone on with, not made again. `--training` and `--evaluation` take further settings of the two
-programs, such as `--training trainer=gpu trainer.max_epochs=60` where there is a GPU.
+checkpoint on images held out of the training: by robust accuracy, without an adversary by clean accuracy. The last
+evaluation has the transfer matrix of all networks. Differences between two networks are paired: on the same images,
+with the exact test of McNemar. What is in --runs already is gone on with, not made again. `--training` and
+`--evaluation` take further settings of the two programs, such as `--training trainer=gpu trainer.max_epochs=60`
+where there is a GPU.
 """
 
 from __future__ import annotations
@@ -39,16 +39,25 @@ PACKAGES = ("ares-lightning", "torch", "torchvision", "timm", "lightning", "nump
 EVERYTHING = ("clean", "noise", "fgsm", "pgd20", "curve_linf", "autoattack", "blackbox", "corruptions", "sanity")
 BY_SCORES = ("square", "nes", "spsa", "nattack")
 """The black-box attacks whose budget is the threat model's."""
-BASELINE = "pgd"
+BY_QUERIES = (*BY_SCORES, "boundary", "evolutionary")
+ASKED = ("clean", "noise", "fgsm", "pgd20", "autoattack", *BY_QUERIES)
+"""The evaluators whose accuracy is one number on the test images."""
+ANSWERS = ("pass", "warn", "fail")
+"""Of a sanity check that was asked."""
 Z = 1.96
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training: the settings of train.py, and what is asked of its network."""
+    """A network: the settings of train.py, or another recipe whose training it comes from, and what is asked of it.
 
-    settings: tuple[str, ...]
+    evaluation: settings of evaluate.py.
+    """
+
+    settings: tuple[str, ...] = ()
     suites: tuple[str, ...] = EVERYTHING
+    training_of: str | None = None
+    evaluation: tuple[str, ...] = ()
 
 
 RECIPES = {
@@ -57,53 +66,67 @@ RECIPES = {
     "pgd": Recipe(("experiment=cifar10_study", "adv=pgd")),
     "trades": Recipe(("experiment=cifar10_study", "adv=trades", "adv.steps=3", "adv.step_size=2/3 eps")),
     "pgd_awp_ema": Recipe(("experiment=cifar10_study", "adv=pgd", "trick=[awp,ema]", "trick.awp.gamma=0.005")),
+    "pgd_awp": Recipe(
+        training_of="pgd_awp_ema", suites=("clean", "pgd20", "autoattack"), evaluation=("weights=raw",)
+    ),
     "speedrun": Recipe(("experiment=cifar10_speedrun_cpu",), ("clean", "pgd20", "autoattack")),
 }
 STUDY = tuple(name for name in RECIPES if name != "speedrun")
+COMPARED = (
+    *((name, "pgd") for name in ("clean", "fgsm_rs", "trades", "pgd_awp", "pgd_awp_ema")),
+    ("pgd_awp_ema", "pgd_awp"),
+)
 
 
 class Laboratory:
     """Trains and evaluates each recipe once, in folders under `runs`."""
 
-    def __init__(self, runs: Path, data: Path, training: Sequence[str], evaluation: Sequence[str]) -> None:
-        self.runs, self.training, self.evaluation = runs, training, evaluation
+    def __init__(
+        self, runs: Path, data: Path, training: Sequence[str], evaluation: Sequence[str], queries: int | None
+    ) -> None:
+        self.runs, self.training, self.evaluation, self.queries = runs, training, evaluation, queries
         self.here = f"data.root={data}"
 
-    def train(self, name: str) -> float:
-        """Train a recipe, or go on with it; return the seconds that the program took in all."""
+    def train(self, name: str) -> float | None:
+        """Train a recipe, or go on with it; return the seconds that it took, None where that was not in one go."""
+        name = RECIPES[name].training_of or name
         folder = self.runs / "trainings" / name
         command = ["train.py", *RECIPES[name].settings, *self.training, self.here, f"name={name}", "eval=[]"]
         begun = (folder / "config.yaml").exists()
         goes_on = ["train.py", "resume=last"]
         return self._once([*(goes_on if begun else command), f"run_dir={folder}"], folder)
 
-    def evaluate(self, name: str, matrix: Sequence[str]) -> float:
-        """Evaluate the network of a recipe, or go on with it; return the seconds that the program took in all.
+    def evaluate(self, name: str, matrix: Sequence[str]) -> float | None:
+        """Evaluate the network of a recipe, or go on with it; return the seconds as `train` does.
 
         matrix: names of the other networks of a transfer matrix, none for no matrix.
         """
         suites = [*RECIPES[name].suites, *(["transfer"] if matrix else [])]
         others = ",".join(f"{other}:{self.runs / 'trainings' / other}" for other in matrix)
+        trained = self.runs / "trainings" / (RECIPES[name].training_of or name)
+        asks_by_queries = self.queries is not None and "blackbox" in suites
         command = [
-            *("evaluate.py", f"ckpt={self.runs / 'trainings' / name}", f"name={name}", self.here),
+            *("evaluate.py", f"ckpt={trained}", *RECIPES[name].evaluation, f"name={name}", self.here),
             *(f"eval=[{','.join(suites)}]", *self.evaluation),
+            *(f"eval.{attack}.attack.queries={self.queries}" for attack in BY_QUERIES if asks_by_queries),
             *([f"eval.transfer.models={{{others}}}"] if matrix else []),
         ]
         folder = self.runs / "evaluations" / name
         return self._once([*command, f"run_dir={folder}"], folder)
 
-    def _once(self, command: Sequence[str], folder: Path) -> float:
-        """Run a program of the checkout unless it has ended before; time that a killed one took is not known."""
+    def _once(self, command: Sequence[str], folder: Path) -> float | None:
+        """Run a program of the checkout unless it has ended before; what one took that was killed is not known."""
         done = folder.with_suffix(".seconds.json")
         if not done.exists():
+            goes_on = folder.exists()
             folder.parent.mkdir(parents=True, exist_ok=True)
             print("python", shlex.join(command), flush=True)
             start = time.perf_counter()
             ended = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
             if ended.returncode:
                 raise SystemExit(f"{command[0]} ended with exit code {ended.returncode}; the same command goes on")
-            done.write_text(json.dumps(time.perf_counter() - start))
-        seconds: float = json.loads(done.read_text())
+            done.write_text(json.dumps(None if goes_on else round(time.perf_counter() - start, 1)))
+        seconds: float | None = json.loads(done.read_text())
         return seconds
 
 
@@ -120,10 +143,10 @@ def result_of(name: str, folder: Path) -> dict[str, Any]:
     }
     curve = [row for row in rows if row["evaluator"] == "curve_linf" and row["metric"] == "robust_accuracy"]
     corrupted = [row for row in rows if row["evaluator"] == "corruptions" and row["metric"] == "mean_accuracy"]
-    accuracies.pop("curve_linf", None)
+    asked = {name: row for name, row in accuracies.items() if name in (*ASKED, "worst_case")}
     return {
         "name": name,
-        "accuracies": accuracies,
+        "accuracies": asked,
         "curve": [{"eps": row["eps"], **_figures(row)} for row in curve],
         "corruptions": corrupted[0]["value"] if corrupted else None,
         "transfer": [
@@ -166,20 +189,20 @@ def paired(first: pd.Series[bool], second: pd.Series[bool]) -> dict[str, float]:
 
 
 def compare(names: Sequence[str], evaluations: Path) -> list[dict[str, Any]]:
-    """Compare each network with the one trained by PGD, on clean images and under AutoAttack."""
+    """Compare networks two by two, on clean images and under AutoAttack."""
     found = []
-    for name in names:
-        if name != BASELINE and BASELINE in names:
+    for name, beside in COMPARED:
+        if {name, beside} <= set(names):
             for evaluator in ("clean", "autoattack"):
-                sides = [withstood(evaluations / side, evaluator) for side in (name, BASELINE)]
-                found.append({"name": name, "beside": BASELINE, "evaluator": evaluator, **paired(*sides)})
+                sides = [withstood(evaluations / side, evaluator) for side in (name, beside)]
+                found.append({"name": name, "beside": beside, "evaluator": evaluator, **paired(*sides)})
     return found
 
 
 def findings(networks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what ARES-Bench (arXiv 2302.14301) and common experience say, whether it is seen here, and by what."""
     value = {one["name"]: {key: row["value"] for key, row in one["accuracies"].items()} for one in networks}
-    corrupted = {one["name"]: one["corruptions"] for one in networks}
+    corrupted = {one["name"]: one["corruptions"] for one in networks if one["corruptions"] is not None}
     robust = [name for name in value if name != "clean"]
     found = []
 
@@ -195,8 +218,8 @@ def findings(networks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             f"clean: {_percent(clean['clean'])} without it, at most {_percent(best)} with it; under AutoAttack: "
             f"{_percent(clean['autoattack'])} and at least {_percent(least)}",
         )
-        if corrupted["clean"] is not None:
-            most = max(corrupted[name] for name in robust)
+        if len(corrupted) > 1 and "clean" in corrupted:
+            most = max(share for name, share in corrupted.items() if name != "clean")
             state(
                 "and with accuracy on corrupted images",
                 most < corrupted["clean"],
@@ -239,10 +262,10 @@ def _percent(share: float) -> str:
 def table(result: dict[str, Any]) -> str:
     """Return the networks as a table in Markdown, in the order of their accuracy under AutoAttack."""
     columns = ("clean", "fgsm", "pgd20", "autoattack", "square")
-    head = ["training", "minutes", "clean", "FGSM", "PGD-20", "AutoAttack [95 %]", "Square alone", "corruptions"]
-    lines = [f"| {' | '.join(head)} |", "|---|--:|--:|--:|--:|--:|--:|--:|"]
+    head = ["training", "clean", "FGSM", "PGD-20", "AutoAttack [95 %]", "Square alone", "corruptions", "sanity"]
+    lines = [f"| {' | '.join(head)} |", "|---|--:|--:|--:|--:|--:|--:|---|"]
     for one in result["networks"]:
-        cells = [f"`{one['name']}`", f"{one['training_seconds'] / 60:.1f}"]
+        cells = [f"`{one['name']}`"]
         for column in columns:
             row = one["accuracies"].get(column)
             cell = "" if row is None else f"{100 * row['value']:.1f}"
@@ -250,16 +273,20 @@ def table(result: dict[str, Any]) -> str:
                 cell += f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
             cells.append(cell)
         cells.append("" if one["corruptions"] is None else f"{100 * one['corruptions']:.1f}")
+        answered = {
+            verdict: count for verdict, count in one["sanity"].items() if verdict in ("pass", "warn", "fail")
+        }
+        cells.append(", ".join(f"{count} {verdict}" for verdict, count in answered.items()))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def table_of_pairs(result: dict[str, Any]) -> str:
-    """Return the differences to the network trained by PGD as a table in Markdown, in points."""
-    lines = ["| training | clean | p | AutoAttack | p |", "|---|---|---|---|---|"]
-    for name in dict.fromkeys(pair["name"] for pair in result["pairs"]):
-        cells = [f"`{name}`"]
-        for pair in (pair for pair in result["pairs"] if pair["name"] == name):
+    """Return the differences between two networks as a table in Markdown, in points."""
+    lines = ["| training | beside | clean | p | AutoAttack | p |", "|---|---|---|---|---|---|"]
+    for name, beside in dict.fromkeys((pair["name"], pair["beside"]) for pair in result["pairs"]):
+        cells = [f"`{name}`", f"`{beside}`"]
+        for pair in (pair for pair in result["pairs"] if (pair["name"], pair["beside"]) == (name, beside)):
             difference, low, high = (100 * pair[key] for key in ("difference", "low", "high"))
             p = "< 0.0001" if pair["p"] < 0.0001 else f"{pair['p']:.2g}"
             cells += [f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]", p]
@@ -291,18 +318,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     evaluation = [f"subset=random:{arguments.images}@0", *arguments.evaluation]
-    if arguments.queries is not None and arguments.recipes != ["speedrun"]:
-        evaluation += [
-            f"eval.{name}.attack.queries={arguments.queries}" for name in (*BY_SCORES, "boundary", "evolutionary")
-        ]
-    laboratory = Laboratory(arguments.runs, arguments.data, arguments.training, evaluation)
+    laboratory = Laboratory(arguments.runs, arguments.data, arguments.training, evaluation, arguments.queries)
     evaluations = arguments.runs / "evaluations"
     networks = []
+    trained_here = [name for name in arguments.recipes if RECIPES[name].training_of is None]
     for name in arguments.recipes:
         trained = laboratory.train(name)
-        others = [other for other in arguments.recipes if other != name]
-        evaluated = laboratory.evaluate(name, others if name == arguments.recipes[-1] else ())
-        seconds = {"training_seconds": round(trained, 1), "evaluation_seconds": round(evaluated, 1)}
+        evaluated = laboratory.evaluate(name, trained_here[:-1] if name == trained_here[-1] else ())
+        seconds = {"training_seconds": trained, "evaluation_seconds": evaluated}
         networks.append(result_of(name, evaluations / name) | seconds)
         print(table({"networks": networks[-1:]}).splitlines()[-1], flush=True)
     networks.sort(key=lambda one: one["accuracies"]["autoattack"]["value"], reverse=True)
@@ -320,6 +343,7 @@ def main() -> None:
         "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
         "recipes": {name: RECIPES[name].settings for name in arguments.recipes},
         "evaluation": evaluation,
+        "queries": arguments.queries,
         "networks": networks,
         "pairs": pairs,
         "findings": findings(networks),
