@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,18 @@ class DatasetSource:
     exact_size: int | None
     settings: Mapping[str, Any]
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """What tells the dataset from others: its settings, of a `root` that is a file the content.
 
-        Where they lie does not count.
+        Where they lie does not count. The file, of whatever size, is read once.
         """
         settings = {key: value for key, value in self.settings.items() if key != "root"}
         root = Path(str(self.settings.get("root", "")))
-        content = hashlib.blake2b(root.read_bytes(), digest_size=8).hexdigest() if root.is_file() else None
+        content = None
+        if root.is_file():
+            with root.open("rb") as file:
+                content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
         return json.dumps([settings, content], sort_keys=True)
 
     def sample_name(self, sample_id: int) -> str:
