@@ -311,15 +311,51 @@ def test_image_that_cannot_be_decoded_names_its_path(make_tree, content):
 
 
 class Blank(Dataset):
-    """One black image."""
+    """One black image, of the classes that are given."""
 
-    targets = (0,)
+    def __init__(self, classes: Any = None) -> None:
+        self.classes = classes
 
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        return Image.new("L", (8, 8)), self.targets[i]
+    def __getitem__(self, i: int) -> Any:
+        return Image.new("L", (8, 8)), 0
+
+
+class Unusual(Blank):
+    """Gives another thing than a pair, or fails where that is an error."""
+
+    def __init__(self, sample: Any) -> None:
+        super().__init__()
+        self.sample = sample
+
+    def __getitem__(self, i: int) -> Any:
+        if isinstance(self.sample, Exception):
+            raise self.sample
+        return self.sample
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_names_of_classes_come_in_any_kind_of_list(kind):
+    train, test = OwnSets(train=Blank(kind(["cat", "dog"])), test=Blank(("cat", "dog"))).sources("own", 8)
+    assert train.labels.classes == test.labels.classes == ("cat", "dog")
+    with pytest.raises(ValueError, match=r"data\.test: its \.classes are not those of data\.train"):
+        OwnSets(train=Blank(kind(["cat", "cow"])), test=Blank(("cat", "dog"))).sources("own", 8)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"image": 0, "label": 0}, r"is a dict of 2; have Unusual return \(image, label\)"),
+        ((0, 0, "more"), r"is a tuple of 3; have Unusual return \(image, label\)"),
+        (0, r"is a int; have Unusual return \(image, label\)"),
+        (OSError("no\nfile"), r"cannot be read \(OSError: no file\); mend Unusual"),
+    ],
+)
+def test_a_sample_of_an_own_set_that_is_no_pair_is_named(sample, message):
+    with pytest.raises(ImageError, match=f"^data.test: sample 0 {message}$"):
+        OwnSets(test=Unusual(sample)).sources("own", 8)
 
 
 def test_a_large_root_of_an_own_set_is_hashed_once_and_never_held_in_memory(tmp_path):
