@@ -88,7 +88,8 @@ MINE = """
 
         def __getitem__(self, i):
             image = torch.zeros(1) if self.kind == "tensor" else Image.new("L", (self.size, self.size), i)
-            return image, self.targets[i] + self.shift
+            label = self.targets[i] + self.shift
+            return {"image": image, "label": label} if self.kind == "dict" else (image, label)
 
     class Stream(IterableDataset):
         def __iter__(self):
@@ -390,6 +391,7 @@ STRANGE_DATA = [
     ("shift: 1", r"data\.train: sample \d has label \d, in the list of all labels \d; mend one of them"),
     ("size: 9", r"data\.train: sample \d is 9x9 pixels where data\.img_size=8; data\.preprocess=ares resizes"),
     ("kind: tensor", r"data\.train: sample \d is a Tensor; give PIL images"),
+    ("kind: dict", r"data\.train: sample \d is a dict of 2; have Pictures return \(image, label\)"),
     ("most: 5", r"data\.train\.most=5: mine_own\.Pictures takes no such argument"),
 ]
 

@@ -11,11 +11,13 @@ import sys
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 from trainings import SHORT, config, fit
 
 from ares_lightning import build
 from ares_lightning.attacks import make_attack
 from ares_lightning.launch import CONFIG_DIR, train_main
+from ares_lightning.models.classifier import as_classifier
 from ares_lightning.training.objectives import OBJECTIVES
 from ares_lightning.training.optim import OptimSettings
 from ares_lightning.training.tricks import AWP, EMA, SWA, OverfittingProbe
@@ -160,6 +162,15 @@ def test_what_does_not_go_together_is_said_in_one_line(overrides, message):
     with pytest.raises(build.ConfigError, match=f"^{message}") as caught:
         build.build_module(cfg, net, data)
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_without_parameters_can_be_built_but_not_trained():
+    cfg = config("model.name=fixed")
+    data = build.build_data(cfg, training=True)
+    fixed = nn.Sequential(nn.AdaptiveAvgPool2d((2, 5)), nn.Flatten())
+    net = as_classifier("fixed", fixed, 1, data.num_classes, 8, mean=[0], std=[1])
+    with pytest.raises(build.ConfigError, match=r"^model\.name=fixed: has no parameters to train; take another"):
+        build.build_module(cfg, net, data)
 
 
 def test_a_teacher_of_other_classes_or_sizes_is_refused(teacher):

@@ -31,6 +31,8 @@ from ares_lightning.training.optim import OptimSettings
 
 def build_module(cfg: DictConfig, net: Classifier, data: RobustDataModule) -> RobustTraining:
     """Build the LightningModule around a network, with objective, optimizer settings and validation attack."""
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise ConfigError(f"model.name={cfg.model.name}: has no parameters to train; take another model")
     with section("optim"):
         optim = OptimSettings(**plain(cfg.optim))
     threat = build_threat(cfg)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,11 @@ class OwnSets:
         """
         datasets = {split: dataset for split in ("train", "test") if (dataset := getattr(self, split)) is not None}
         labels = {split: _labels(split, dataset) for split, dataset in datasets.items()}
-        names = {split: getattr(dataset, "classes", None) for split, dataset in datasets.items()}
+        names = {split: _classes(dataset) for split, dataset in datasets.items()}
         classes = names["test"]
         if "train" in names and names["train"] != classes:
             raise ValueError("data.test: its .classes are not those of data.train; the two must have the same")
-        if not isinstance(classes, Sequence):
+        if not isinstance(classes, tuple):
             largest = max(int(each.max()) for each in labels.values())
             classes = range(largest + 1 if self.num_classes is None else self.num_classes)
         known = tuple(map(str, classes))
@@ -96,15 +97,18 @@ class DatasetSource:
     exact_size: int | None
     settings: Mapping[str, Any]
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """What tells the dataset from others: its settings, of a `root` that is a file the content.
 
-        Where they lie does not count.
+        Where they lie does not count. The file, of whatever size, is read once.
         """
         settings = {key: value for key, value in self.settings.items() if key != "root"}
         root = Path(str(self.settings.get("root", "")))
-        content = hashlib.blake2b(root.read_bytes(), digest_size=8).hexdigest() if root.is_file() else None
+        content = None
+        if root.is_file():
+            with root.open("rb") as file:
+                content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
         return json.dumps([settings, content], sort_keys=True)
 
     def sample_name(self, sample_id: int) -> str:
@@ -117,12 +121,11 @@ class DatasetSource:
         Raises ImageError for what the dataset cannot give, and for what is not as its labels and config say.
         """
         where = f"data.{self.split}: sample {sample_id}"
+        image, label = _sample(where, self.dataset, sample_id)
         try:
-            image, label = self.dataset[sample_id]
             label = int(np.asarray(label).item())
-        except Exception as error:  # of somebody else's code
-            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ImageError(f"{where} cannot be read ({told}); mend {type(self.dataset).__name__}") from error
+        except Exception as error:  # each type fails in its own way
+            raise ImageError(f"{where} has a label of type {type(label).__name__}; give a whole number") from error
         if not isinstance(image, Image.Image):
             raise ImageError(f"{where} is a {type(image).__name__}; give PIL images, without transform")
         listed = int(self.labels.labels[sample_id])
@@ -136,12 +139,36 @@ class DatasetSource:
         return to_channels(image, in_chans)
 
 
+def _classes(dataset: Any) -> Any:
+    """Return the names of the classes as a tuple of words, anything else for a dataset that has none."""
+    classes = getattr(dataset, "classes", None)
+    if isinstance(classes, np.ndarray):
+        classes = classes.tolist()
+    return tuple(map(str, classes)) if isinstance(classes, Sequence) else classes
+
+
+def _sample(where: str, dataset: Any, sample_id: int) -> tuple[Any, Any]:
+    """Return the image and the label of a sample as the dataset gives them."""
+    kind = type(dataset).__name__
+    try:
+        sample = dataset[sample_id]
+    except Exception as error:  # of somebody else's code
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ImageError(f"{where} cannot be read ({told}); mend {kind}") from error
+    if not isinstance(sample, Sequence) or len(sample) != 2:
+        num = f" of {len(sample)}" if isinstance(sample, Sized) else ""
+        raise ImageError(f"{where} is a {type(sample).__name__}{num}; have {kind} return (image, label)")
+    return sample[0], sample[1]
+
+
 def _labels(split: str, dataset: Any) -> Tensor:
     """Return the labels of a dataset, int64 [N]."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(f"data.{split}: {type(dataset).__name__} has no length; give a map-style dataset")
     listed = next((getattr(dataset, name) for name in LABEL_ATTRIBUTES if hasattr(dataset, name)), None)
-    labels = np.asarray([dataset[i][1] for i in range(len(dataset))] if listed is None else listed)
+    if listed is None:
+        listed = [_sample(f"data.{split}: sample {i}", dataset, i)[1] for i in range(len(dataset))]
+    labels = np.asarray(listed)
     labels = labels.reshape(-1) if labels.size == len(dataset) else labels
     is_plain = labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer)
     if not is_plain or not len(labels) or labels.min() < 0:

@@ -104,13 +104,14 @@ class Asking:
                     break
                 try:
                     answers = self._answers(question, stage, self.pixels(images), labels, sample_ids)
+                    new = [self._rows(question, answer, labels, sample_ids) for answer in answers]
+                    kept = self._kept(answers, new)
                 except Exception as error:
                     if self.raises:
                         raise
                     self.workers.add(trouble, 1)
                     return pa.concat_tables(tables), told_in_one_line(error)
-                new = [self._rows(question, answer, labels, sample_ids) for answer in answers]
-                self.ledger.append(pa.concat_tables(new), self._kept(answers, new))
+                self.ledger.append(pa.concat_tables(new), kept)
                 self.progress.advance(question.evaluator, number, answers)
                 tables += new
         finally:
@@ -141,6 +142,7 @@ class Asking:
         try:
             given = (images, labels.to(self.device), sample_ids)
             answers = list(stage.verdicts(asked, *given, self.seed, passes))
+            _check_complete(type(stage).__name__, answers, len(sample_ids))
         except NonFiniteLogitsError as error:
             strange = torch.isin(sample_ids, torch.tensor(error.sample_ids))
             if not bool(strange.any()):
@@ -198,6 +200,25 @@ class Asking:
 def told_in_one_line(error: Exception) -> str:
     """Return the kind of an error and what it says."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _check_complete(kind: str, answers: Sequence[Verdicts], num_samples: int) -> None:
+    """Raise ValueError unless a stage, of the class `kind`, has answered for every sample, in every field."""
+    told = torch.zeros(num_samples, dtype=torch.bool)
+    for answer in answers:
+        places = torch.arange(num_samples) if answer.places is None else answer.places.cpu()
+        for name in Outcome.__dataclass_fields__:
+            num_given = len(getattr(answer.outcome, name))
+            if num_given != len(places):
+                raise ValueError(
+                    f"{kind}.verdicts yields an outcome with {num_given} {name} for {len(places)} samples; yield "
+                    "one for each"
+                )
+        told[places] = True
+    if not answers or not bool(told.all()):
+        raise ValueError(
+            f"{kind}.verdicts yields verdicts on {int(told.sum())} of {num_samples} samples; yield one for each"
+        )
 
 
 def _answering(net: nn.Module, dataset: ImageSet, device: torch.device) -> nn.Module:

@@ -234,12 +234,18 @@ def _fitted(build: Callable[..., nn.Module], settings: dict[str, Any]) -> tuple[
 @torch.no_grad()
 def _check_forward(name: str, classifier: Classifier, images: Tensor, num_classes: int) -> None:
     try:
-        shape = tuple(classifier.eval()(images).shape)
+        logits: object = classifier.eval()(images)
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"name={name}: cannot take images of {images.shape[-1]} pixels: {reason}") from error
-    if shape != (len(images), num_classes):
-        raise ValueError(f"name={name}: returns shape {list(shape)}; expected logits of {num_classes} classes")
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"name={name}: returns a {type(logits).__name__}; expected a Tensor, logits [N, {num_classes}]"
+        )
+    if logits.shape != (len(images), num_classes):
+        raise ValueError(
+            f"name={name}: returns shape {list(logits.shape)}; expected logits of {num_classes} classes"
+        )
     classifier.train()
 
 

@@ -1,6 +1,8 @@
 import hashlib
+import json
 import pickle
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
+from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
-from ares_lightning.data import ImageError, ImageSets, Wishes, load_image_sets
+from ares_lightning.data import ImageError, ImageSets, OwnSets, Wishes, load_image_sets
 from ares_lightning.data.datasets import Drawn
 
 
@@ -302,3 +305,73 @@ def test_image_that_cannot_be_decoded_names_its_path(make_tree, content):
         path.write_bytes({"truncated": data[: len(data) // 2], "text": b"hello", "nothing": b""}[content])
     with pytest.raises(ImageError, match=rf"^{path}: cannot be decoded \(.+\); replace or remove the file$"):
         sets.test[1]
+
+
+# --- own sets -----------------------------------------------------------------------------------------------
+
+
+class Blank(Dataset):
+    """One black image, of the classes that are given."""
+
+    def __init__(self, classes: Any = None) -> None:
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, i: int) -> Any:
+        return Image.new("L", (8, 8)), 0
+
+
+class Unusual(Blank):
+    """Gives another thing than a pair, or fails where that is an error."""
+
+    def __init__(self, sample: Any) -> None:
+        super().__init__()
+        self.sample = sample
+
+    def __getitem__(self, i: int) -> Any:
+        if isinstance(self.sample, Exception):
+            raise self.sample
+        return self.sample
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_names_of_classes_come_in_any_kind_of_list(kind):
+    train, test = OwnSets(train=Blank(kind(["cat", "dog"])), test=Blank(("cat", "dog"))).sources("own", 8)
+    assert train.labels.classes == test.labels.classes == ("cat", "dog")
+    with pytest.raises(ValueError, match=r"data\.test: its \.classes are not those of data\.train"):
+        OwnSets(train=Blank(kind(["cat", "cow"])), test=Blank(("cat", "dog"))).sources("own", 8)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"image": 0, "label": 0}, r"is a dict of 2; have Unusual return \(image, label\)"),
+        ((0, 0, "more"), r"is a tuple of 3; have Unusual return \(image, label\)"),
+        (0, r"is a int; have Unusual return \(image, label\)"),
+        (OSError("no\nfile"), r"cannot be read \(OSError: no file\); mend Unusual"),
+    ],
+)
+def test_a_sample_of_an_own_set_that_is_no_pair_is_named(sample, message):
+    with pytest.raises(ImageError, match=f"^data.test: sample 0 {message}$"):
+        OwnSets(test=Unusual(sample)).sources("own", 8)
+
+
+def test_a_large_root_of_an_own_set_is_hashed_once_and_never_held_in_memory(tmp_path):
+    root, size = tmp_path / "images.h5", 2**26
+    with root.open("wb") as file:
+        file.write(b"head")
+        file.truncate(size)
+    whole = hashlib.blake2b(root.read_bytes(), digest_size=8).hexdigest()
+    _, source = OwnSets(test=Blank(), settings={"test": {"root": str(root), "split": "test"}}).sources("own", 8)
+    tracemalloc.start()
+    try:
+        identity = source.identity
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert json.loads(identity) == [{"split": "test"}, whole]
+    assert peak < size / 16
+    root.unlink()
+    assert source.identity == identity

@@ -18,7 +18,13 @@ from ares_lightning.atomic import WriteError
 from ares_lightning.attacks import Threat, make_attack
 from ares_lightning.data import select_subset
 from ares_lightning.evaluation.curves import BracketedCurve, ExactCurve
-from ares_lightning.evaluation.evaluators import AttackEvaluator, CleanEvaluator, Evaluator, Verdicts
+from ares_lightning.evaluation.evaluators import (
+    AttackEvaluator,
+    CleanEvaluator,
+    Evaluator,
+    Verdicts,
+    clean_outcome,
+)
 from ares_lightning.evaluation.run import Evaluation
 from ares_lightning.evaluation.sanity import sanity_evaluators
 
@@ -104,6 +110,38 @@ def test_an_evaluator_that_fails_is_told_of_while_the_others_go_on(data, tmp_pat
     assert told == {"evaluator": "failing", "set": "digits", "error": "RuntimeError: CUDA out of memory"}
     with pytest.raises(RuntimeError, match="CUDA out of"):
         evaluation(data, *asked, raises=True).run(make_net().eval(), tmp_path / "raising", CPU)
+
+
+@dataclass(frozen=True)
+class Silent(Evaluator):
+    """Yields nothing."""
+
+    def verdicts(self, net, images, labels, sample_ids, seed, passes) -> Iterator[Verdicts]:
+        yield from ()
+
+
+@dataclass(frozen=True)
+class Half(Evaluator):
+    """Answers for every other sample, and says so or not."""
+
+    says_which: bool
+
+    def verdicts(self, net, images, labels, sample_ids, seed, passes) -> Iterator[Verdicts]:
+        places = torch.arange(0, len(images), 2)
+        outcome = clean_outcome(net, images[places], labels[places], sample_ids[places], seed, passes)
+        yield Verdicts("none", None, 0.0, outcome, places=places if self.says_which else None)
+
+
+def test_an_evaluator_that_leaves_samples_out_fails_alone(data, tmp_path):
+    asked = [Silent("silent"), Half("half", False), Half("some", True), CleanEvaluator("clean")]
+    results = evaluation(data, *asked).run(make_net().eval(), tmp_path, CPU)
+    assert {failure.evaluator: failure.error for failure in results.failed} == {
+        "silent": "ValueError: Silent.verdicts yields verdicts on 0 of 16 samples; yield one for each",
+        "half": "ValueError: Half.verdicts yields an outcome with 8 images for 16 samples; yield one for each",
+        "some": "ValueError: Half.verdicts yields verdicts on 8 of 16 samples; yield one for each",
+    }
+    assert [(row["evaluator"], row["n"]) for row in results.summary] == [("clean", 40)]
+    assert set(pd.read_parquet(tmp_path / "verdicts")["evaluator"]) == {"clean"}
 
 
 def test_a_model_that_the_probes_cannot_measure_costs_no_verdicts(data, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ares_lightning.models import make_classifier
+from ares_lightning.models.classifier import as_classifier
 
 FACTS = {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3]}
 
@@ -64,3 +65,12 @@ def test_what_cannot_be_built_is_named(name, settings, message):
 def test_mean_and_std_have_a_value_for_each_channel():
     with pytest.raises(ValueError, match="expected 1 values"):
         make_classifier("cnn", in_chans=1, num_classes=10, img_size=8, **FACTS)
+
+
+def test_a_network_that_returns_more_than_logits_is_refused():
+    class WithFeatures(torch.nn.Flatten):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return super().forward(images), images
+
+    with pytest.raises(ValueError, match=r"name=mine: returns a tuple; expected a Tensor, logits \[N, 4\]"):
+        as_classifier("mine", WithFeatures(), 1, 4, 2, mean=[0], std=[1])
