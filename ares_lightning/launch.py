@@ -304,7 +304,7 @@ def _main(config_name: str, work: Callable[[DictConfig, tuple[str, ...]], Metric
             sys.exit(_complaint(error))
         except KeyboardInterrupt as error:
             _let_go_of_loaders(error)
-            print(f"interrupted: {error or 'the same command goes on where it stopped'}", file=sys.stderr)
+            print(f"interrupted: {str(error) or 'the same command goes on where it stopped'}", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
         except Stopped as stopped:
             _let_go_of_loaders(stopped)

@@ -103,6 +103,27 @@ def test_a_plan_is_printed_and_nothing_is_written(trained, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+INTERRUPTED = """
+import signal
+from dataclasses import dataclass
+from ares_lightning.evaluation.evaluators import CleanEvaluator
+
+@dataclass(frozen=True)
+class Interrupted(CleanEvaluator):
+    def verdicts(self, *_):
+        signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_an_interrupted_evaluation_says_that_it_goes_on(trained, tmp_path, monkeypatch):
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ours = "+eval.mine._target_=interrupted.Interrupted"
+    done = here("evaluate.py", f"ckpt={trained}", "eval=[]", ours, f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 130
+    assert done.stderr == "interrupted: the same command goes on where it stopped\n"
+
+
 def test_an_interrupted_training_keeps_its_checkpoint_and_goes_on(trained, tmp_path):
     command = [
         sys.executable,
