@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ares_lightning.build import build_classifier, check_trusted
 from ares_lightning.evaluation.fingerprints import model_fingerprint
+from ares_lightning.build.own import TARGET
 from ares_lightning.evaluation.robustbench import leaderboard_record
 from ares_lightning.models import Classifier, load_network, read_checkpoint
 from ares_lightning.models.checkpoints import find_checkpoint
@@ -93,8 +94,9 @@ def _write_timm(
     classifier: Classifier, config: dict[str, Any], numbers: Sequence[dict[str, Any]], name: str, output: Path
 ) -> str:
     architecture = str(config["model"]["name"]).partition(".")[0]
-    if architecture in ARCHITECTURES:
-        raise ValueError(f"--to timm: timm has no {architecture}; export --to safetensors")
+    if TARGET in config["model"] or architecture in ARCHITECTURES:
+        unknown = config["model"].get(TARGET, architecture)
+        raise ValueError(f"--to timm: timm has no {unknown}; export --to safetensors")
     with torch.device("meta"):
         plain = timm.create_model(architecture, **classifier.settings).state_dict()
     own = _weights(classifier)

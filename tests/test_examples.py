@@ -193,6 +193,12 @@ def test_a_checkpoint_does_not_say_what_is_imported(trained, tmp_path, monkeypat
         export(tmp_path / "evil.ckpt", "safetensors", output=tmp_path / "export")
 
 
+def test_timm_cannot_hold_the_model(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"--to timm: timm has no examples\.model\.MLP; export --to safetensors"):
+        export(trained, "timm", output=tmp_path / "timm", trust=["examples"])
+    assert not (tmp_path / "timm").exists()
+
+
 def test_the_data_set_is_looked_for_where_data_root_says(trained, digits, tmp_path):
     moved = tmp_path / "moved.npz"
     with np.load(digits) as file:
