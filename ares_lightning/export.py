@@ -56,7 +56,7 @@ def export(
     path = find_checkpoint(run)
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
-    check_trusted(config["model"], trust, f"{path}: the checkpoint")
+    check_trusted(config["model"], trust, f"{path}: the checkpoint", _trust_option)
     classifier = build_classifier(OmegaConf.create(config), config["data"]["num_classes"])
     load_network(classifier, trained_weights(checkpoint, path, weights), path)
     name = str(config["name"])
@@ -70,6 +70,10 @@ def export(
 
 
 def _numbers(classifier: Classifier, folder: Path, evaluations: Sequence[Path]) -> list[dict[str, Any]]:
+def _trust_option(names: Sequence[str]) -> str:
+    return " ".join(f"--trust {name}" for name in names)
+
+
     """Return the summary rows about this very model; raise ValueError for an evaluation of another."""
     own = model_fingerprint(classifier.eval())
     rows: list[dict[str, Any]] = []

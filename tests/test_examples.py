@@ -189,7 +189,7 @@ def test_a_checkpoint_does_not_say_what_is_imported(trained, tmp_path, monkeypat
     for first in (trained, tmp_path / "accomplice.ckpt"):
         asks = ["evaluate.py", f"ckpt={first}", "trust=[examples]", "eval=[transfer]", other]
         assert_one_line(here(*asks, f"run_dir={tmp_path}"), r"evil\.Net, whose code would be run")
-    with pytest.raises(ValueError, match=r"evil\.Net, whose code would be run"):
+    with pytest.raises(ValueError, match=r"evil\.Net, whose code would be run; give --trust evil\.Net if"):
         export(tmp_path / "evil.ckpt", "safetensors", output=tmp_path / "export")
 
 
