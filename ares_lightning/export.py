@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ares_lightning.build import build_classifier, check_trusted
+from ares_lightning.build.own import TARGET
 from ares_lightning.evaluation.fingerprints import model_fingerprint
 from ares_lightning.evaluation.robustbench import leaderboard_record
 from ares_lightning.models import Classifier, load_network, read_checkpoint
@@ -55,7 +57,7 @@ def export(
     path = find_checkpoint(run)
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
-    check_trusted(config["model"], trust, f"{path}: the checkpoint")
+    check_trusted(config["model"], trust, f"{path}: the checkpoint", _trust_option)
     classifier = build_classifier(OmegaConf.create(config), config["data"]["num_classes"])
     load_network(classifier, trained_weights(checkpoint, path, weights), path)
     name = str(config["name"])
@@ -66,6 +68,10 @@ def export(
     usage = writers[to](classifier, config, numbers, name, output)
     (output / "README.md").write_text(_card(classifier, config, numbers, name, license, usage), encoding="utf-8")
     return output
+
+
+def _trust_option(names: Sequence[str]) -> str:
+    return " ".join(f"--trust {name}" for name in names)
 
 
 def _numbers(classifier: Classifier, folder: Path, evaluations: Sequence[Path]) -> list[dict[str, Any]]:
@@ -93,8 +99,9 @@ def _write_timm(
     classifier: Classifier, config: dict[str, Any], numbers: Sequence[dict[str, Any]], name: str, output: Path
 ) -> str:
     architecture = str(config["model"]["name"]).partition(".")[0]
-    if architecture in ARCHITECTURES:
-        raise ValueError(f"--to timm: timm has no {architecture}; export --to safetensors")
+    if TARGET in config["model"] or architecture in ARCHITECTURES:
+        unknown = config["model"].get(TARGET, architecture)
+        raise ValueError(f"--to timm: timm has no {unknown}; export --to safetensors")
     with torch.device("meta"):
         plain = timm.create_model(architecture, **classifier.settings).state_dict()
     own = _weights(classifier)
@@ -131,7 +138,12 @@ def _write_robustbench(
     (output / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     mean, std = _normalisation(classifier)
     return _USAGE["robustbench"].format(
-        name=name, mean=mean, std=std, norm=NORMS[config["threat"]["norm"]], dataset=config["data"]["name"]
+        name=name,
+        network=_OWN_NETWORK if TARGET in config["model"] else _SHIPPED_NETWORK,
+        mean=mean,
+        std=std,
+        norm=NORMS[config["threat"]["norm"]],
+        dataset=config["data"]["name"],
     )
 
 
@@ -141,7 +153,19 @@ def _write_safetensors(
     output.mkdir(parents=True, exist_ok=True)
     facts = {"architecture": str(config["model"]["name"]), "settings": json.dumps(classifier.settings)}
     save_file(_weights(classifier), output / f"{name}.safetensors", facts)
+    if TARGET in config["model"]:
+        command = _command(classifier, config["model"], name)
+        return _USAGE["own safetensors"].format(name=name, architecture=config["model"][TARGET], command=command)
     return _USAGE["safetensors"].format(name=name, architecture=config["model"]["name"])
+
+
+def _command(classifier: Classifier, model: Mapping[str, Any], name: str) -> str:
+    """Return the command that evaluates the exported weights of a user's own class."""
+    mean, std = _normalisation(classifier)
+    words = ["model=timm", f"model.name={model['name']}", f"+model.{TARGET}={model[TARGET]}"]
+    words += [f"+model.settings.{key}={json.dumps(value)}" for key, value in classifier.settings.items()]
+    words += [f"model.mean={mean}", f"model.std={std}", f"model.weights={name}.safetensors"]
+    return f"{shlex.join(['python', 'evaluate.py', *words])} data=…"
 
 
 _USAGE = {
@@ -155,8 +179,7 @@ mean, std = (torch.tensor(model.pretrained_cfg[name]).view(-1, 1, 1) for name in
 logits = model((images - mean) / std)  # images [N, C, H, W] in [0, 1]
 ```""",
     "robustbench": """\
-An entry of RobustBench's model zoo ({dataset}, {norm}); `network` is the architecture above, built by timm or by
-`ares_lightning.models.make_classifier(...).backbone`:
+An entry of RobustBench's model zoo ({dataset}, {norm}); `network` is {network}:
 
 ```python
 ("{name}", {{"model": lambda: normalize_model(network, {mean}, {std}), "gdrive_id": "…"}})
@@ -172,7 +195,23 @@ network.load_state_dict(load_file("{name}.safetensors"))  # network: {architectu
 
 or `python evaluate.py model=timm model.name={architecture} model.weights={name}.safetensors data=…`
 (settings: `+model.settings.<key>=<value>`).""",
+    "own safetensors": """\
+```python
+from safetensors.torch import load_file
+
+network.load_state_dict(load_file("{name}.safetensors"))  # network: an object of {architecture}
+```
+
+or, where that class can be imported, which these files do not hold:
+
+```sh
+{command}
+```""",
 }
+_SHIPPED_NETWORK = """\
+the architecture above, built by timm or by
+`ares_lightning.models.make_classifier(...).backbone`"""
+_OWN_NETWORK = "an object of the class above, which these files do not hold"
 
 
 def _normalisation(classifier: Classifier) -> tuple[list[float], list[float]]:
@@ -190,6 +229,7 @@ def _card(
 ) -> str:
     mean, std = _normalisation(classifier)
     data, threat = config["data"], config["threat"]
+    architecture = config["model"].get(TARGET, config["model"]["name"])
     num_parameters = sum(parameter.numel() for parameter in classifier.backbone.parameters())
     recipe = yaml.safe_dump({key: config[key] for key in RECIPE if key in config}, sort_keys=False).strip()
     head = yaml.safe_dump(
@@ -200,7 +240,7 @@ def _card(
 {head}---
 # {name}
 
-{config["model"]["name"]}, {num_parameters / 1e6:.1f} M parameters, {data["num_classes"]} classes of {data["name"]}.
+{architecture}, {num_parameters / 1e6:.1f} M parameters, {data["num_classes"]} classes of {data["name"]}.
 Images {data["in_chans"]}x{data["img_size"]}x{data["img_size"]} in [0, 1], normalised by mean {mean} and std {std}.
 Trained with `adv={config["adv"]["name"]}` for {threat["norm"]} {threat["eps"]}.
 

@@ -302,7 +302,7 @@ def _main(config_name: str, work: Callable[[DictConfig, tuple[str, ...]], Metric
             sys.exit(_complaint(error))
         except KeyboardInterrupt as error:
             _let_go_of_loaders(error)
-            print(f"interrupted: {error or 'the same command goes on where it stopped'}", file=sys.stderr)
+            print(f"interrupted: {str(error) or 'the same command goes on where it stopped'}", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
         except Stopped as stopped:
             _let_go_of_loaders(stopped)
@@ -311,6 +311,7 @@ def _main(config_name: str, work: Callable[[DictConfig, tuple[str, ...]], Metric
             print(stopped, file=sys.stderr)
             sys.exit(128 + stopped.signum)
 
+    sys.argv = [sys.argv[0], *map(_with_quoted_choices, sys.argv[1:])]
     try:
         with inherited(HYDRA_FULL_ERROR="1"):  # so that composition errors reach us instead of being printed
             hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
@@ -318,6 +319,23 @@ def _main(config_name: str, work: Callable[[DictConfig, tuple[str, ...]], Metric
         if full_error:
             raise
         sys.exit(_complaint(error))
+
+
+_NO_NAMES = re.compile(r"(?i)(?<![^\[,\s])(null|true|false|[+-]?(nan|inf|\.?\d[\w.+-]*))(?![^\],\s])")
+"""What Hydra takes for a number, a truth value or null where the names of choices stand."""
+
+
+def _with_quoted_choices(word: str) -> str:
+    """Return a word of the command line with such choices of a config group in quotes.
+
+    Hydra then looks for them, where it would end in a traceback. What is quoted, settings, interpolations and
+    sweeps by function stay as they are.
+    """
+    key, equals, given = word.partition("=")
+    group = key.lstrip("+~")
+    if not group or not (CONFIG_DIR / group).is_dir() or re.search(r"[{('\"]", given):
+        return word
+    return f"{key}{equals}{_NO_NAMES.sub(lambda choice: repr(choice[0]), given)}"
 
 
 def _let_go_of_loaders(error: BaseException | None) -> None:

@@ -189,8 +189,14 @@ def test_a_checkpoint_does_not_say_what_is_imported(trained, tmp_path, monkeypat
     for first in (trained, tmp_path / "accomplice.ckpt"):
         asks = ["evaluate.py", f"ckpt={first}", "trust=[examples]", "eval=[transfer]", other]
         assert_one_line(here(*asks, f"run_dir={tmp_path}"), r"evil\.Net, whose code would be run")
-    with pytest.raises(ValueError, match=r"evil\.Net, whose code would be run"):
+    with pytest.raises(ValueError, match=r"evil\.Net, whose code would be run; give --trust evil\.Net if"):
         export(tmp_path / "evil.ckpt", "safetensors", output=tmp_path / "export")
+
+
+def test_timm_cannot_hold_the_model(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"--to timm: timm has no examples\.model\.MLP; export --to safetensors"):
+        export(trained, "timm", output=tmp_path / "timm", trust=["examples"])
+    assert not (tmp_path / "timm").exists()
 
 
 def test_the_data_set_is_looked_for_where_data_root_says(trained, digits, tmp_path):
@@ -201,3 +207,17 @@ def test_the_data_set_is_looked_for_where_data_root_says(trained, digits, tmp_pa
     done = here("evaluate.py", f"ckpt={trained}", *moved_to, "eval=[clean]", f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "n = 5" in done.stdout
+
+
+def test_the_model_goes_out_with_a_card_whose_command_evaluates_it(trained, digits, tmp_path, monkeypatch):
+    folder = export(trained, "safetensors", output=tmp_path / "out", trust=["examples"])
+    card = (folder / "README.md").read_text()
+    assert "\nexamples.model.MLP, 0.1 M parameters" in card
+    (command,) = re.findall(r"^python evaluate\.py (.*) data=…$", card, re.M)
+    monkeypatch.chdir(folder)
+    own = ["data=npz", f"data.root={digits}", "eval=[clean]", f"run_dir={tmp_path / 'run'}"]
+    done = here("evaluate.py", *CONFIGS, *shlex.split(command), *own)
+    assert done.returncode == 0, done.stderr
+    assert verdicts(tmp_path / "run", "clean")["broken"].equals(verdicts(trained, "clean")["broken"])
+    card = (export(trained, "robustbench", output=tmp_path / "rb", trust=["examples"]) / "README.md").read_text()
+    assert "`network` is an object of the class above, which these files do not hold" in card

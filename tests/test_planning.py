@@ -74,6 +74,8 @@ def test_hardware_that_is_not_known_is_told_in_one_line(program, tmp_path):
     [
         (["trainer=ddp"], "trainer.devices=auto: plan=h100 needs their number"),
         (["trainer.devices=-1"], "trainer.devices=-1: plan=h100 needs their number"),
+        (["trainer.num_nodes=0"], "trainer.num_nodes=0: expected a whole number of at least 1"),
+        (["trainer.num_nodes=x"], "trainer.num_nodes=x: expected a whole number of at least 1"),
         (["trainer.precision=fp8"], "trainer.precision=fp8: expected one of auto, 32-true"),
         (["precision=fp64"], "precision=fp64: plan=h100 knows no rate for it; plan=true measures one"),
     ],

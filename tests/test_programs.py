@@ -103,6 +103,27 @@ def test_a_plan_is_printed_and_nothing_is_written(trained, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+INTERRUPTED = """
+import signal
+from dataclasses import dataclass
+from ares_lightning.evaluation.evaluators import CleanEvaluator
+
+@dataclass(frozen=True)
+class Interrupted(CleanEvaluator):
+    def verdicts(self, *_):
+        signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_an_interrupted_evaluation_says_that_it_goes_on(trained, tmp_path, monkeypatch):
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ours = "+eval.mine._target_=interrupted.Interrupted"
+    done = here("evaluate.py", f"ckpt={trained}", "eval=[]", ours, f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 130
+    assert done.stderr == "interrupted: the same command goes on where it stopped\n"
+
+
 def test_an_interrupted_training_keeps_its_checkpoint_and_goes_on(trained, tmp_path):
     command = [
         sys.executable,
@@ -324,6 +345,10 @@ MISTAKES = [
         ["train.py", "model=foo"],
         "model=foo: no such choice; expected one of cnn, resnet18, resnet20, resnet50, timm, vit_b",
     ),
+    (["train.py", "trainer=4"], "trainer=4: no such choice; expected one of auto, cpu, "),
+    (["train.py", "adv=null"], "adv=null: no such choice; .*expected one of .*none, pgd"),
+    (["train.py", "eval=[clean,5]"], "eval=5: no such choice; expected one of "),
+    (["evaluate.py", "attack=nan"], "attack=nan: no such choice; .*expected one of apgd_ce, "),
     (["train.py", "adv.epz=1"], "adv.epz: no such key"),
     (["train.py", "+adv.epz=1"], "epz=1: not a setting of pgd; did you mean eps"),
     (["train.py", "+speed=1"], "speed: no such key"),

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
+from ares_lightning.attacks.attack import check_count
 from ares_lightning.build.config import ConfigError, one_line, plain, section
 from ares_lightning.hardware import HARDWARE, Hardware
 from ares_lightning.training.devices import PRECISIONS, device_settings, process_settings
@@ -38,6 +39,8 @@ def planned_devices(cfg: DictConfig) -> tuple[torch.device | Hardware, int]:
     devices = len(devices) if isinstance(devices, list) else devices
     if type(devices) is not int or devices < 1:
         raise ConfigError(f"trainer.devices={devices}: plan={cfg.plan} needs their number")
+    with section("trainer"):
+        check_count("num_nodes", trainer["num_nodes"])
     return HARDWARE[cfg.plan], devices * trainer["num_nodes"]
 
 

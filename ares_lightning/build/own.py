@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
@@ -68,17 +68,24 @@ def trust_own(cfg: DictConfig) -> None:
     cfg.trust = [*cfg.trust, *sorted(classes_named(cfg) - set(cfg.trust))]
 
 
-def check_trusted(config: Any, trust: Collection[str], key: str) -> None:
+def trust_setting(names: Sequence[str]) -> str:
+    """Return what makes a program trust classes."""
+    return f"trust=[{','.join(names)}]"
+
+
+def check_trusted(
+    config: Any, trust: Collection[str], key: str, remedy: Callable[[Sequence[str]], str] = trust_setting
+) -> None:
     """Raise ConfigError for a class in a checkpoint's `config` that `trust` does not name: its code would be run.
 
-    trust: classes, or modules of such. key: of the checkpoint, for the message.
+    trust: classes, or modules of such. key: of the checkpoint, for the message. remedy: what makes the caller's
+    program trust classes.
     """
     known = tuple(f"{name}." for name in trust)
     unknown = sorted(name for name in classes_named(config) if not f"{name}.".startswith(known))
     if unknown:
         raise ConfigError(
-            f"{key} names {', '.join(unknown)}, whose code would be run; give trust=[{','.join(unknown)}] if it is "
-            "yours"
+            f"{key} names {', '.join(unknown)}, whose code would be run; give {remedy(unknown)} if it is yours"
         )
 
 
