@@ -104,14 +104,13 @@ def test_a_plan_is_printed_and_nothing_is_written(trained, tmp_path):
 
 
 INTERRUPTED = """
-import signal
 from dataclasses import dataclass
 from ares_lightning.evaluation.evaluators import CleanEvaluator
 
 @dataclass(frozen=True)
 class Interrupted(CleanEvaluator):
     def verdicts(self, *_):
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt  # as Ctrl-C does
 """
 
 
