@@ -112,7 +112,7 @@ def evaluation_plan(cfg: DictConfig, evaluation: Evaluation, net: nn.Module) -> 
     """
     try:
         return plan(evaluation, net, *planned_devices(cfg))
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ConfigError(f"plan={cfg.plan}: the network cannot be followed: {one_line(error)}") from error
 
 

@@ -29,8 +29,7 @@ def step_cost(net: nn.Module, objective: Objective, images: Tensor, labels: Tens
     Nothing is computed: shapes alone go through a copy of the network without memory, on the meta device, where
     attention is counted unfused. Network, gradients and random state stay as they are.
 
-    Raises NotImplementedError or RuntimeError for a network or an objective that looks at values, which are not
-    there.
+    Raises RuntimeError for a network or an objective that looks at values, which are not there.
     """
     twin, objective = without_memory((net, objective), [net, *networks_of(objective)])
     images, labels = images.to("meta"), labels.to("meta")

@@ -88,7 +88,7 @@ def plan_training(
     Memory is that of CUDA in eager mode, found without taking any: shapes alone go through the step. Where the size
     of the batch or of the images changes with the epoch, it is that of the largest. AWP is left out.
 
-    Raises NotImplementedError for a network, objective or optimizer that looks at values.
+    Raises RuntimeError for a network, objective or optimizer that looks at values.
     """
     autocast = _AUTOCAST[precision]
     batches: Counter[tuple[int, int]] = Counter()
