@@ -42,10 +42,10 @@ def training_plan(
     Raises ConfigError where the step cannot be followed, or has no room here.
     """
     if cost is None:
-        raise ConfigError(f"plan={cfg.plan}: the network or the objective looks at values; it cannot be followed")
+        raise ConfigError(f"{_asked(cfg)}: the network or the objective looks at values; it cannot be followed")
     if cfg.trainer.activation_checkpointing:
         raise ConfigError(
-            f"trainer.activation_checkpointing=true: plan={cfg.plan} cannot follow what is computed again; set it "
+            f"trainer.activation_checkpointing=true: {_asked(cfg)} cannot follow what is computed again; set it "
             "to false for the plan, which then tells more memory and less time"
         )
     on, world_size = planned_devices(cfg)
@@ -54,9 +54,7 @@ def training_plan(
     done, taken = (0, 0) if checkpoint is None else _behind(checkpoint)
     epochs = range(done, trainer.max_epochs or 0)
     if not epochs:
-        raise ConfigError(
-            f"plan={cfg.plan}: all {done} epochs are behind the checkpoint; evaluate.py plans the rest"
-        )
+        raise ConfigError(f"{_asked(cfg)}: all {done} epochs are behind the checkpoint; evaluate.py plans the rest")
     try:
         planned = plan_training(
             module,
@@ -72,7 +70,7 @@ def training_plan(
             on=on,
         )
     except RuntimeError as error:
-        raise ConfigError(f"plan={cfg.plan}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{_asked(cfg)}: {' '.join(str(error).split())}") from error
     every = trainer.check_val_every_n_epoch or 1
     net, times, expected, most = module.net, epochs.stop // every - epochs.start // every, 0.0, 0.0
     images = validated_images(data, trainer.limit_val_batches, world_size)
@@ -86,7 +84,7 @@ def training_plan(
         expected, most = evaluation_plan(cfg, validation, net).seconds
     lines = [
         f"training on {world_size} x {device_name(on)}, {precision}",
-        *_steps(planned, cost, epochs),
+        *_steps(planned, cost, epochs, goes_on=checkpoint is not None),
         _memory(planned, on),
         _collectives(planned, world_size),
         f"time         {duration(planned.seconds)} of steps, {duration(times * expected)} of validation (at most "
@@ -113,7 +111,7 @@ def evaluation_plan(cfg: DictConfig, evaluation: Evaluation, net: nn.Module) -> 
     try:
         return plan(evaluation, net, *planned_devices(cfg))
     except RuntimeError as error:
-        raise ConfigError(f"plan={cfg.plan}: the network cannot be followed: {one_line(error)}") from error
+        raise ConfigError(f"{_asked(cfg)}: the network cannot be followed: {one_line(error)}") from error
 
 
 def validated_images(data: RobustDataModule, limit: int | float, world_size: int) -> int:
@@ -130,10 +128,14 @@ def _behind(checkpoint: dict[str, Any]) -> tuple[int, int]:
     return fit["epoch_progress"]["current"]["processed"], taken
 
 
-def _steps(planned: TrainingPlan, cost: StepCost, epochs: range) -> list[str]:
+def _asked(cfg: DictConfig) -> str:
+    return f"plan={str(cfg.plan).lower()}"
+
+
+def _steps(planned: TrainingPlan, cost: StepCost, epochs: range, *, goes_on: bool) -> list[str]:
     images, updates = planned.images / len(epochs), planned.updates / len(epochs)
     told = f"{len(epochs)} epochs of {updates:,.0f}, with {images:,.0f} images each"
-    left = f", what is left of {epochs.stop} epochs" if epochs.start else ""
+    left = f", what is left of {epochs.stop} epochs" if goes_on else ""
     return [
         f"updates      {planned.updates:,}: {told}{left}",
         f"a step       {planned.batch} images on each device, {cost}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -38,3 +39,10 @@ def device_name(device: torch.device) -> str:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = f"{len(models)} x {models[0]}" if models else platform.processor()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+if __name__ == "__main__":
+    print(f"{datetime.now(UTC):%Y-%m-%d}, revision {revision()}")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
+    print(f"Python {platform.python_version()}, {versions}")
+    print(device_name(torch.device("cpu")))

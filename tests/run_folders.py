@@ -45,6 +45,8 @@ class Invented:
     set: str = "digits"
     fingerprint: str = ""
     training: str | None = "pgd"
+    tricks: Sequence[str] = ()
+    weights: str | None = None
     key: str | None = None
     num_parameters: int = 1_200_000
     failing: Sequence[str] = ()
@@ -190,6 +192,8 @@ def _write_config(folder: Path, model: Invented) -> None:
         "threat": {"norm": model.norm, "eps": model.eps},
         "data": {"name": model.set},
         "seed": 0,
+        "trick": {trick: {} for trick in model.tricks} or None,
+        "weights": model.weights,
         **({"adv": {"name": model.training}} if model.training else {}),
     }
     (folder / "config.yaml").write_text(json.dumps(config, indent=1))

@@ -134,6 +134,12 @@ def test_a_plan_of_a_training_that_goes_on_has_what_is_left(tmp_path):
     checkpoint = fit(tmp_path / "run", "trainer.max_epochs=1").checkpoint()
     lines = whole_plan(tmp_path, "trainer.max_epochs=3", checkpoint=checkpoint)
     assert lines[1] == "updates      6: 2 epochs of 3, with 48 images each, what is left of 3 epochs"
+    progress = checkpoint["loops"]["fit_loop"]
+    progress["epoch_progress"]["current"]["processed"] = 0
+    progress["epoch_loop.batch_progress"] |= {"is_last_batch": False}
+    progress["epoch_loop.batch_progress"]["current"]["processed"] = 1
+    lines = whole_plan(tmp_path, "trainer.max_epochs=1", checkpoint=checkpoint)
+    assert lines[1] == "updates      2: 1 epochs of 2, with 32 images each, what is left of 1 epochs"
     with pytest.raises(build.ConfigError, match="all 1 epochs are behind the checkpoint"):
         whole_plan(tmp_path, checkpoint=checkpoint)
     fit_loop = checkpoint["loops"]["fit_loop"]

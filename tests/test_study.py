@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from hydra import compose, initialize_config_dir
 from photos import save
 
 from ares_lightning import build
+from ares_lightning.evaluation.plan import duration
+from ares_lightning.hardware import HARDWARE, REACHED
 from ares_lightning.launch import CONFIG_DIR
+from ares_lightning.training.plan import trace_step
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,11 +52,17 @@ def test_the_interval_of_a_difference_covers_it_as_often_as_it_says(study):
     assert 0.93 < covered / rounds < 0.97
 
 
-def test_every_recipe_can_be_built(study, tmp_path):
+@pytest.fixture
+def few(tmp_path) -> list[str]:
+    """Settings that name a few images in the layout of CIFAR-10."""
     for i in range(40):
         save(tmp_path / ("train" if i % 2 else "test") / f"class{i // 4}" / f"{i}.png", i, 32, 32)
+    return [f"data.root={tmp_path}", "data.num_val=10"]
+
+
+def test_every_recipe_can_be_built(study, few):
     for name, recipe in study.RECIPES.items():
-        settings = [*recipe.settings, f"data.root={tmp_path}", "data.num_val=10", f"name={name}", "eval=[]"]
+        settings = [*recipe.settings, *few, f"name={name}", "eval=[]"]
         queries = [f"eval.{attack}.attack.queries=500" for attack in study.BY_SCORES if "blackbox" in recipe.suites]
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             cfg = compose("train", settings)
@@ -73,3 +83,15 @@ def test_the_page_shows_the_results_as_they_are(study):
     for network in report["networks"]:
         assert not network["failed"]
         assert {row["n"] for row in network["accuracies"].values()} == {1000}
+
+
+def test_the_recipe_for_a_gpu_says_what_its_plan_foresees(few):
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = compose("train", ["experiment=cifar10_speedrun_gpu", *few])
+    data = build.build_data(cfg, training=True)
+    module = build.build_module(cfg, build.build_classifier(cfg, data.num_classes), data)
+    operations, _ = trace_step(module, (cfg.data.batch_size, 3, 32, 32), bf16=True)
+    updates = cfg.trainer.max_epochs * (49_000 // cfg.data.batch_size)
+    seconds = updates * HARDWARE["h100"].seconds(operations, **REACHED)
+    header = (CONFIG_DIR / "experiment" / "cifar10_speedrun_gpu.yaml").read_text().partition("defaults:")[0]
+    assert f"{duration(seconds)} of steps on an H100" in re.sub(r"\n# ", " ", header)

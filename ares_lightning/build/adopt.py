@@ -46,4 +46,4 @@ def adopt_for_evaluation(cfg: DictConfig, config: Any, overrides: tuple[str, ...
     adopt(cfg, OmegaConf.create({key: saved[key] for key in ("model", "data", "threat")}), overrides)
     with open_dict(cfg):
         cfg.name = cfg.name or saved.name
-        cfg.adv = saved.adv  # for the record: how the model was trained
+        cfg.adv, cfg.trick = saved.adv, saved.get("trick")  # for the record: how the model was trained

@@ -151,6 +151,12 @@ def test_models_are_points_over_size_clean_and_shifted_accuracy_and_training(tmp
         assert points["training"][group] == (group, pytest.approx(robust))
 
 
+@pytest.mark.parametrize(("weights", "training"), [(None, "pgd + awp + ema"), ("raw", "pgd + awp")])
+def test_a_training_is_named_with_its_tricks(tmp_path: Path, weights: str | None, training: str) -> None:
+    (run,) = read_runs([write_run(tmp_path / "run", Invented("mine", tricks=("awp", "ema"), weights=weights))])
+    assert run.training == training
+
+
 def test_a_checkpoint_of_a_zoo_network_is_not_taken_for_the_published_weights(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", Invented("mine", training=None, key="resnet50_at"))
     config = json.loads((folder / "config.yaml").read_text())

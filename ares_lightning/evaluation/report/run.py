@@ -29,6 +29,9 @@ _LISTS = {
 }
 """What about.json has lists of, and what every entry of a list must have."""
 
+_AVERAGES = ("ema", "swa")
+"""Tricks that the raw weights do not know of."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -141,10 +144,12 @@ class Run:
 
     @cached_property
     def training(self) -> str | None:
-        """How the model was trained: by the objective, or, where its weights are those of the zoo, as they were."""
+        """How the model was trained: by objective and tricks, or, with weights of the zoo, as these were."""
         name, key = self.setting("adv.name"), self.setting("model.key")
         if name is not None:
-            return str(name)
+            unknown = _AVERAGES if self.setting("weights") == "raw" else ()
+            tricks = [trick for trick in self.setting("trick") or {} if trick not in unknown]
+            return " + ".join([str(name), *tricks])
         if key is None or self.setting("ckpt"):
             return None
         from ares_lightning.models import ZOO  # costs 3 s and 200 MiB, which few reports need
