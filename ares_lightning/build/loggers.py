@@ -29,9 +29,7 @@ def prepare_logger(cfg: DictConfig, saved: DictConfig | None) -> None:
     """
     name = cfg.logger.name
     if name == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError(
-            "logger=tensorboard: TensorBoard is not installed; pip install ares-lightning[tensorboard]"
-        )
+        raise ConfigError("logger=tensorboard: TensorBoard is not installed; pip install tensorboard")
     if name not in ("csv", "tensorboard", "wandb"):
         raise ConfigError(f"logger.name={name}: expected csv, tensorboard or wandb")
     if name == "wandb" and not cfg.logger.get("id"):
