@@ -26,6 +26,8 @@ demo: .venv/installed
 	$(BIN)/python train.py adv=none name=clean-trained run_dir=runs/demo/clean-trained
 	$(BIN)/python train.py adv=pgd name=adversarially-trained run_dir=runs/demo/adversarially-trained
 	$(BIN)/python -m ares_lightning.evaluation.report runs/demo --output runs/demo/report.html --figure docs/demo.png
+	mkdir -p docs/results
+	for run in clean-trained adversarially-trained; do cp runs/demo/$$run/summary.json docs/results/demo-$$run.json; done
 
 # Lint, types, and every claim on a reduced grid.
 test: .venv/installed-dev

@@ -205,6 +205,15 @@ def test_the_pages_say_how_long_each_of_the_newcomers_steps_took():
     assert [command for step in asked for command in step] == commands(ROOT / "README.md")[2:8]
 
 
+def test_the_readme_shows_the_results_of_the_demo():
+    for adv, run in (("none", "clean-trained"), ("pgd", "adversarially-trained")):
+        summary = json.loads((ROOT / "docs" / "results" / f"demo-{run}.json").read_text())
+        rows = [next(row for row in summary if row["evaluator"] == name) for name in ("clean", "pgd20")]
+        cells = [f"{row['value']:.1%} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]" for row in rows]
+        line = f"| `adv={adv}` | {cells[0]} | {cells[1]} |".replace("%", " %")
+        assert line in (ROOT / "README.md").read_text()
+
+
 def test_the_newcomers_commands_lead_from_images_to_a_comparison(newcomers):
     assert [step.title for step in newcomer.steps((ROOT / newcomer.PAGE).read_text())] == [
         "Install", "Demo", "Train on your own images", "Find out how robust it is",
