@@ -11,11 +11,13 @@ import sys
 import pytest
 import torch
 from omegaconf import OmegaConf
+from processes import here
 from torch import nn
 from trainings import SHORT, config, fit
 
 from ares_lightning import build
 from ares_lightning.attacks import make_attack
+from ares_lightning.evaluation.report.run import read_runs
 from ares_lightning.launch import CONFIG_DIR, train_main
 from ares_lightning.models.classifier import as_classifier
 from ares_lightning.training.objectives import OBJECTIVES
@@ -197,6 +199,12 @@ def test_the_command_of_the_design_runs(tmp_path, monkeypatch):
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
     assert "state_dict_ema" in best
     assert best["config"]["adv"]["steps"] == 10
+    raw = tmp_path / "raw"
+    done = here(
+        "evaluate.py", f"ckpt={tmp_path}", "weights=raw", f"run_dir={raw}", "eval=[clean]", "subset=first:20"
+    )
+    assert done.returncode == 0, done.stderr
+    assert [read_runs([folder])[0].training for folder in (tmp_path, raw)] == ["trades + ema + awp", "trades + awp"]
 
 
 def test_a_loss_that_is_no_number_ends_the_program_in_one_line(tmp_path, monkeypatch):
