@@ -73,9 +73,12 @@ def test_every_recipe_can_be_built(study, few):
         assert build.build_evaluation(asked, build.build_data(asked, training=False)).evaluators
 
 
-def test_the_page_shows_the_results_as_they_are(study):
-    report = json.loads((RESULTS / "study-cifar10-cpu.json").read_text())
-    tables = [study.table(report), study.table_of_pairs(report), study.table_of_findings(report)]
+@pytest.mark.parametrize("result", ["study-cifar10-cpu", "speedrun-cifar10-cpu"])
+def test_the_page_shows_the_results_as_they_are(study, result):
+    report = json.loads((RESULTS / f"{result}.json").read_text())
+    tables = [study.table(report)]
+    if report["pairs"]:
+        tables += [study.table_of_pairs(report), study.table_of_findings(report)]
     page = (ROOT / "docs" / "study.md").read_text()
     for table in tables:
         assert table in page, "put in what benchmarks/study.py prints"
@@ -95,3 +98,15 @@ def test_the_recipe_for_a_gpu_says_what_its_plan_foresees(few):
     seconds = updates * HARDWARE["h100"].seconds(operations, **REACHED)
     header = (CONFIG_DIR / "experiment" / "cifar10_speedrun_gpu.yaml").read_text().partition("defaults:")[0]
     assert f"{duration(seconds)} of steps on an H100" in re.sub(r"\n# ", " ", header)
+
+
+def test_the_recipe_of_the_speedrun_says_what_it_reached(study):
+    (network,) = json.loads((RESULTS / "speedrun-cifar10-cpu.json").read_text())["networks"]
+    header = (ROOT / "conf" / "experiment" / "cifar10_speedrun_cpu.yaml").read_text().partition("defaults:")[0]
+    minutes = network["training_seconds"] / 60
+    assert minutes <= 30
+    clean, robust = (100 * network["accuracies"][name]["value"] for name in ("clean", "autoattack"))
+    said = re.sub(r"\n# ", " ", header)
+    assert f"{minutes:.1f} minutes; clean {clean:.1f} %, under AutoAttack {robust:.1f} %, " in said
+    assert "n = 1,000" in said
+    assert f"and took {minutes:.1f}." in (ROOT / "docs" / "study.md").read_text()
