@@ -39,7 +39,7 @@ test: .venv/installed-dev
 # All that can be shown; what is printed is kept once it has passed.
 proof: .venv/installed-dev
 	@mkdir -p docs/results
-	{ $(BIN)/python benchmarks/provenance.py; time $(MAKE) --no-print-directory test grids; } 2>&1 \
+	{ $(BIN)/python benchmarks/provenance.py; time PYTEST_ADDOPTS=--disable-warnings $(MAKE) --no-print-directory test grids; } 2>&1 \
 		| sed --unbuffered "s|$(CURDIR)/||g" | tee docs/results/proof.tmp
 	mv docs/results/proof.tmp docs/results/proof.txt
 
