@@ -42,6 +42,7 @@ from ares_lightning.build import (
     check_keys,
     check_resumed,
     end_loggers,
+    one_line,
     prepare_logger,
     rehearse,
     start_loggers,
@@ -168,7 +169,7 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         _end_other_processes(trainer.strategy)
         raise WriteError(f"{error}; {goes_on} once there is room") from error
     except MisconfigurationException as error:
-        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"trainer: {one_line(error)}") from error
     except NonFiniteError as error:
         _end_other_processes(trainer.strategy)
         last = run_dir / "checkpoints" / "last.ckpt"
@@ -184,7 +185,7 @@ def _train(cfg: DictConfig, overrides: tuple[str, ...], stop: StopSignals) -> Me
         if "DataLoader worker" not in str(error):
             raise
         raise ConfigError(
-            f"data.num_workers={cfg.data.num_workers}: {' '.join(str(error).split()).rstrip('.')}, perhaps for "
+            f"data.num_workers={cfg.data.num_workers}: {one_line(error).rstrip('.')}, perhaps for "
             f"want of memory; {goes_on}, data.num_workers=0 loads in the main process"
         ) from error
     end_loggers(trainer.loggers)
@@ -348,7 +349,7 @@ def _let_go_of_loaders(error: BaseException | None) -> None:
 
 def _complaint(error: Exception) -> str:
     """Return the one line that tells what is wrong."""
-    line = " ".join(str(error).split())
+    line = one_line(error)
     unknown = re.match(r"Could not override '([^']+)'", line)
     if unknown:
         line = f"{unknown[1]}: no such key; --cfg job prints all keys"

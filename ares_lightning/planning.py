@@ -70,7 +70,7 @@ def training_plan(
             on=on,
         )
     except RuntimeError as error:
-        raise ConfigError(f"{_asked(cfg)}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{_asked(cfg)}: {one_line(error)}") from error
     every = trainer.check_val_every_n_epoch or 1
     net, times, expected, most = module.net, epochs.stop // every - epochs.start // every, 0.0, 0.0
     images = validated_images(data, trainer.limit_val_batches, world_size)

@@ -273,9 +273,7 @@ def table(result: dict[str, Any]) -> str:
                 cell += f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
             cells.append(cell)
         cells.append("" if one["corruptions"] is None else f"{100 * one['corruptions']:.1f}")
-        answered = {
-            verdict: count for verdict, count in one["sanity"].items() if verdict in ("pass", "warn", "fail")
-        }
+        answered = {verdict: count for verdict, count in one["sanity"].items() if verdict in ANSWERS}
         cells.append(", ".join(f"{count} {verdict}" for verdict, count in answered.items()))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -129,6 +129,13 @@ def test_the_page_shows_the_results_as_they_are(scaling, part):
     assert report["versions"]["torch"]
 
 
+def test_the_page_says_how_far_a_prediction_was_off():
+    report = json.loads((RESULTS / "scaling-steps.json").read_text())
+    ratios = [ratio for row in report["rows"] for ratio in row["ratios"]]
+    said = " ".join(PAGE.read_text().split())
+    assert f"the time foreseen was {min(ratios):.2f} to {max(ratios):.2f} of the real one" in said
+
+
 def test_plans_reckon_with_what_was_reached_and_memory_was_within_a_fiftieth():
     report = json.loads((RESULTS / "scaling-hardware.json").read_text())
     assert report["reached"] == pytest.approx(REACHED)

@@ -63,7 +63,8 @@ def few(tmp_path) -> list[str]:
 def test_every_recipe_can_be_built(study, few):
     for name, recipe in study.RECIPES.items():
         settings = [*recipe.settings, *few, f"name={name}", "eval=[]"]
-        queries = [f"eval.{attack}.attack.queries=500" for attack in study.BY_SCORES if "blackbox" in recipe.suites]
+        asked_by = study.BY_QUERIES if "blackbox" in recipe.suites else ()
+        queries = [f"eval.{attack}.attack.queries=500" for attack in asked_by]
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             cfg = compose("train", settings)
             asked = compose("evaluate", [f"eval=[{','.join(recipe.suites)}]", *queries])
@@ -100,7 +101,7 @@ def test_the_recipe_for_a_gpu_says_what_its_plan_foresees(few):
     assert f"{duration(seconds)} of steps on an H100" in re.sub(r"\n# ", " ", header)
 
 
-def test_the_recipe_of_the_speedrun_says_what_it_reached(study):
+def test_the_recipe_of_the_speedrun_says_what_it_reached():
     (network,) = json.loads((RESULTS / "speedrun-cifar10-cpu.json").read_text())["networks"]
     header = (ROOT / "conf" / "experiment" / "cifar10_speedrun_cpu.yaml").read_text().partition("defaults:")[0]
     minutes = network["training_seconds"] / 60
